@@ -1,0 +1,80 @@
+"""Exact sequence operators for linear attention and state spaces, with gradients held to float64.
+
+Axes are `B L H D`, length before heads; a state is `B H Dk Dv`. Every operator has one signature
+over several backends: `reference`, a loop over tokens that defines it, and a fast one that has to
+agree with it in outputs and gradients.
+
+    delta_rule   S_t = exp(log_decay) (I - erase k k^T) S + write k v^T, and its family:
+                 efla, deltanet, rk2, rk4, implicit, kaczmarz, gated_delta_rule, gated_efla
+    ssd          S_t = exp(dt a) S + dt b x^T, Mamba-2's state space
+    short_conv   causal depthwise convolution over a few tokens
+    *_step       the same operators on one token and a carried state, for decoding
+    phi          (1 - exp(-x)) / x with its own gradient
+
+    delta_rule/, ssd/, short_conv/   operator.py (checks, dispatch), reference.py, the fast form
+    delta_rule/members.py            the family; unit_keys.py computes its scalars
+    dispatch.py                      argument, MAD_KERNELS_BACKEND, automatic; record_backends
+    checks.py, layout.py             argument errors; the chunk-major order
+"""
+
+from mad_kernels.delta_rule import (
+    STEPS,
+    Step,
+    UnitKeyForm,
+    delta_rule,
+    delta_rule_step,
+    deltanet,
+    deltanet_step,
+    efla,
+    efla_step,
+    gated_delta_rule,
+    gated_delta_rule_step,
+    gated_efla,
+    gated_efla_step,
+    gated_unit_key_form,
+    implicit,
+    implicit_step,
+    kaczmarz,
+    kaczmarz_step,
+    rk2,
+    rk2_step,
+    rk4,
+    rk4_step,
+    unit_key_form,
+)
+from mad_kernels.dispatch import record_backends
+from mad_kernels.phi import phi
+from mad_kernels.short_conv import short_conv, short_conv_step
+from mad_kernels.ssd import ssd, ssd_step
+
+__all__ = [
+    "STEPS",
+    "Step",
+    "UnitKeyForm",
+    "delta_rule",
+    "delta_rule_step",
+    "deltanet",
+    "deltanet_step",
+    "efla",
+    "efla_step",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
+    "gated_efla",
+    "gated_efla_step",
+    "gated_unit_key_form",
+    "implicit",
+    "implicit_step",
+    "kaczmarz",
+    "kaczmarz_step",
+    "phi",
+    "record_backends",
+    "rk2",
+    "rk2_step",
+    "rk4",
+    "rk4_step",
+    "short_conv",
+    "short_conv_step",
+    "ssd",
+    "ssd_step",
+    "unit_key_form",
+]
