@@ -1,0 +1,295 @@
+"""The command line: parse, call, print. What is heavy is imported by the command that needs it.
+
+Exit status: 0 everything is done, 1 some run failed, 2 wrong usage, 130 interrupted.
+"""
+
+import contextlib
+import functools
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mad_efla.config import ConfigError
+
+if TYPE_CHECKING:
+    from mad_efla.store import SweepRecord
+    from mad_efla.sweep import Sweep
+
+OUT = "runs"
+
+
+def main() -> None:
+    """Run the command line."""
+    cli()
+
+
+def _says_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn what the user can mend into lines without a traceback."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from None
+
+    return wrapped
+
+
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda function: functools.reduce(lambda f, o: o(f), reversed(options), function)
+
+
+_out = click.option(
+    "--out", type=click.Path(path_type=Path), default=OUT, show_default=True,
+    help="Folder of run folders.",
+)  # fmt: skip
+_tracking = click.option(
+    "--tracking-uri", metavar="URI",
+    help="MLflow store; else MLFLOW_TRACKING_URI, else ./mlflow.db.",
+)  # fmt: skip
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mad-efla")
+def cli() -> None:
+    """Find out what a sequence mixer can do.
+
+    \b
+    mad-efla sweep tasks/recall.yaml     train, compare, log
+    mad-efla ui                          look at the runs in MLflow
+    """
+
+
+@cli.command()
+@click.argument("tasks", nargs=-1, required=True)
+@_options(
+    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
+    click.option(
+        "--set", "assignments", multiple=True, metavar="FIELD=VALUE",
+        help="Override any field, as in optim.lr=0.003. Repeatable.",
+    ),
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="Where to train.",
+    ),
+    click.option(
+        "--workers", type=click.IntRange(0), metavar="N",
+        help="Worker processes, one thread each; 0 trains in this process.  [default: the cores]",
+    ),
+    _out,
+    _tracking,
+    click.option("--no-tracking", is_flag=True, help="Leave MLflow alone; `mad-efla sync` later."),
+    click.option("--dry-run", is_flag=True, help="Print the runs and an estimate, and stop."),
+)  # fmt: skip
+@_says_errors
+def sweep(
+    tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], device: str,
+    workers: int | None, out: Path, tracking_uri: str | None, no_tracking: bool, dry_run: bool,
+) -> None:  # fmt: skip
+    """Train every mixer of a plan on TASKS and show who learned what.
+
+    Runs that are done already are not made again; what was interrupted goes on.
+
+    \b
+    mad-efla sweep tasks/recall.yaml
+    mad-efla sweep recall --plan mad --dry-run
+    mad-efla sweep recall --set mixers=[efla] --set optim.lr=0.003
+    """
+    from mad_efla import execute, sweep
+
+    device = execute.resolve_device(device)
+    precision = execute.resolve_precision(device)
+    sweeps = [sweep.expand(task, plan, assignments, precision) for task in tasks]
+    workers = _workers(device) if workers is None else workers
+    if dry_run:
+        _dry_run(sweeps, out, workers)
+        return
+    from mad_efla import tracking
+
+    uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
+    sys.exit(_sweep(sweeps, out, device, workers, uri))
+
+
+def _workers(device: str) -> int:
+    return 1 if device == "cuda" else len(os.sched_getaffinity(0)) if hasattr(
+        os, "sched_getaffinity"
+    ) else os.cpu_count() or 1  # fmt: skip
+
+
+def _dry_run(sweeps: "list[Sweep]", out: Path, workers: int) -> None:
+    from mad_efla import display, estimate, sweep
+
+    console = display.stdout()
+    runs = []
+    for found in sweeps:
+        runs += found.runs
+        console.print(
+            display.runs(found.runs, sweep.differences(found.runs), found.sizes), soft_wrap=True
+        )
+    guess = estimate.estimate(runs, out, {f: s for w in sweeps for f, s in w.sizes.items()})
+    same = f"protocol {sweeps[0].protocol}, precision {runs[0].train.precision}"
+    console.print(
+        f"{len(runs)} runs, {guess.done} of them done; {same}; "
+        f"about {display.duration(guess.seconds / max(workers, 1))} "
+        f"on {max(workers, 1)} workers ({guess.basis})",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def _sweep(
+    sweeps: "list[Sweep]", out: Path, device: str, workers: int, tracking_uri: str | None
+) -> int:
+    """Make what is missing, mirror it, print the tables; return the exit status."""
+    from mad_efla import display, execute, store, tracking
+
+    store.ensure_writable(out)
+    err = display.stderr()
+    runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
+    done, notes = store.finished(out, [r.fingerprint for r in runs])
+    for note in notes:
+        err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    records = [_record(s, out) for s in sweeps]
+    interrupted = False
+    with contextlib.ExitStack() as stack:
+        mirrors = [
+            stack.enter_context(tracking.Mirror(tracking_uri, out, record))
+            for record in records
+            if tracking_uri is not None
+        ]
+        try:
+            waiting = [r for r in runs if r.fingerprint not in done]
+            if waiting:
+                with display.Follow(runs, [r for r in runs if r.fingerprint in done]) as follow:
+                    execute.execute(
+                        waiting, out, device=device, workers=workers, watch=follow.update
+                    )
+        except KeyboardInterrupt:
+            interrupted = True
+            err.print("interrupted: finished runs stay; the same command goes on", markup=False)
+        for record in records:
+            store.write_sweep(out, record.model_copy(update={"ended": store.now()}))
+    for problem in filter(None, (m.problem for m in mirrors)):
+        err.print(f"warning: {problem}", markup=False, highlight=False, soft_wrap=True)
+    failed = _print_results(sweeps, out)
+    _print_next(out, tracking_uri)
+    return 130 if interrupted else 1 if failed else 0
+
+
+def _record(found: "Sweep", out: Path) -> "SweepRecord":
+    from mad_efla import store
+
+    known = {r.id: r for r in store.read_sweeps(out)}
+    record = store.SweepRecord(
+        id=found.id,
+        task=found.task,
+        plan=found.plan,
+        protocol=found.protocol,
+        command=shlex.join(["mad-efla", *sys.argv[1:]]),
+        fingerprints=tuple(r.fingerprint for r in found.runs),
+        started=known[found.id].started if found.id in known else store.now(),
+        ended=None,
+    )
+    store.write_sweep(out, record)
+    return record
+
+
+def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
+    """Print a table for each sweep and what failed; return whether anything did."""
+    from mad_efla import display, scores, store
+
+    console, err, failed = display.stdout(), display.stderr(), False
+    for found in sweeps:
+        results, _ = store.finished(out, [r.fingerprint for r in found.runs])
+        lines = scores.table(found.runs, results)
+        title = f"{found.task}, plan {found.plan}, protocol {found.protocol}"
+        if lines:
+            console.print(display.results(lines, title))
+        for run in found.runs:
+            folder = store.RunFolder(out, run.fingerprint)
+            if run.fingerprint not in results and folder.status() == "failed":
+                failed = True
+                text = display.failure(run, folder)
+                err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    return failed
+
+
+def _print_next(out: Path, tracking_uri: str | None) -> None:
+    """Say where the results are and what shows them."""
+    from mad_efla import display
+
+    console = display.stdout()
+    console.print(f"results: {out}", markup=False, highlight=False, soft_wrap=True)
+    if tracking_uri is not None:
+        # A URI may hold a password; the option as typed is enough to repeat.
+        given = "--tracking-uri" in " ".join(sys.argv)
+        option = f" --tracking-uri {tracking_uri}" if given and "@" not in tracking_uri else ""
+        console.print(f"compare: mad-efla ui{option}", markup=False, soft_wrap=True)
+
+
+@cli.command()
+@_options(
+    _out,
+    _tracking,
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+    click.option(
+        "--port", type=click.IntRange(1, 65535), help="Port.  [default: 5000, or a free one]"
+    ),
+)  # fmt: skip
+@_says_errors
+def ui(out: Path, tracking_uri: str | None, host: str, port: int | None) -> None:
+    """Open MLflow on the runs."""
+    from mad_efla import tracking
+
+    tracking.ui(tracking.resolve_uri(tracking_uri), out, host, port, click.echo)
+
+
+@cli.command()
+@_options(_out, _tracking)
+@_says_errors
+def sync(out: Path, tracking_uri: str | None) -> None:
+    """Bring MLflow up to date from the run folders, as after a server was away."""
+    from mad_efla import tracking
+
+    report = tracking.sync(tracking.resolve_uri(tracking_uri), out)
+    if report.problem:
+        click.echo(f"error: {report.problem}", err=True)
+        sys.exit(1)
+    click.echo(f"{report.runs} runs are up to date")
+
+
+@cli.command("list")
+@click.argument("kind", type=click.Choice(["tasks", "mixers", "plans"]))
+@_says_errors
+def list_(kind: str) -> None:
+    """List the tasks, mixers or plans there are, with their fields."""
+    from mad_efla import catalogue, display
+
+    display.stdout().print(catalogue.table(kind))
+
+
+@cli.command()
+@click.argument("task")
+@_options(
+    click.option("--examples", type=click.IntRange(1, 100), default=2, show_default=True),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+)  # fmt: skip
+@_says_errors
+def show(task: str, examples: int, seed: int, assignments: tuple[str, ...]) -> None:
+    """Print examples of TASK: keys, values, what is scored, and what the solver answers.
+
+    \b
+    mad-efla show tasks/recall.yaml --set task.seq_len=32
+    """
+    from mad_efla import catalogue, display
+
+    console = display.stdout()
+    for block in catalogue.examples(task, assignments, seed, examples):
+        for line in display.example(*block, columns=console.width):
+            console.print(line, soft_wrap=True)

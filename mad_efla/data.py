@@ -1,0 +1,109 @@
+"""Data: a task and a seed give disjoint train, validation and test arrays, always the same bytes.
+
+Examples come in blocks, each from its own counter-based stream keyed by (seed, split, block). So a
+training set of 800 is the beginning of the one of 12,800, the test set is the same whatever is
+trained on, and memory and result do not depend on who generates what.
+"""
+
+import hashlib
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mad_efla.config import ConfigError
+from mad_efla.run import DataConfig
+from mad_efla.tasks import Examples, Split, Task
+
+BLOCK = 512
+SPLITS: tuple[Split, ...] = ("test", "validation", "train")  # a later split gives way to an earlier
+_MAX_REDRAWS = 20
+
+
+class Data(NamedTuple):
+    """The three splits of a task under one seed.
+
+    Attributes:
+        train: Examples to train on.
+        validation: Examples that choose.
+        test: Examples that score.
+        digest: Hash of every generated token and target: equal digests, equal data.
+        world: What the splits share (see `Task.world`); None for most tasks.
+    """
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    digest: str
+    world: Any
+
+
+def make(task: Task, seed: int, sizes: DataConfig | None = None) -> Data:
+    """Generate a task's data.
+
+    Args:
+        task: What to generate.
+        seed: Equal seeds give equal bytes on any machine.
+        sizes: Examples of each split; the published numbers by default.
+
+    Raises:
+        ConfigError: The task has too few distinct sequences to keep the splits apart.
+    """
+    sizes = sizes or DataConfig()
+    world = task.world(stream(seed, "world"))
+    taken: set[bytes] = set()
+    splits: dict[str, Examples] = {}
+    for split in SPLITS:
+        examples = _draw(task, seed, split, getattr(sizes, f"{split}_examples"), world, taken)
+        taken |= {row.tobytes() for row in examples.inputs}
+        splits[split] = examples
+    return Data(**splits, digest=_digest(splits), world=world)
+
+
+def stream(seed: int, *key: str | int) -> np.random.Generator:
+    """Return the random stream of (seed, key): independent of every other key's."""
+    spawn = tuple(zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=spawn)))
+
+
+def _draw(task: Task, seed: int, split: Split, n: int, world: Any, taken: set[bytes]) -> Examples:
+    blocks = []
+    for block in range(-(-n // BLOCK)):
+        examples = task.sample(BLOCK, stream(seed, split, block), split, world)
+        blocks.append(_apart(task, examples, seed, split, block, world, taken))
+    return Examples(
+        inputs=np.concatenate([b.inputs for b in blocks])[:n],
+        targets=np.concatenate([b.targets for b in blocks])[:n],
+        next_tokens=None
+        if blocks[0].next_tokens is None
+        else np.concatenate([b.next_tokens for b in blocks])[:n],
+    )
+
+
+def _apart(
+    task: Task, examples: Examples, seed: int, split: Split, block: int, world: Any,
+    taken: set[bytes],
+) -> Examples:  # fmt: skip
+    """Draw again, from streams of their own, the rows that an earlier split already holds."""
+    for attempt in range(1, _MAX_REDRAWS + 1):
+        clash = np.array([row.tobytes() in taken for row in examples.inputs])
+        if not clash.any():
+            return examples
+        fresh = task.sample(BLOCK, stream(seed, split, block, attempt), split, world)
+        for column, new in zip(examples, fresh, strict=True):
+            if column is not None and new is not None:
+                column[clash] = new[clash]
+    raise ConfigError(
+        f"task {task.name}: too few distinct sequences to keep train, validation and test apart; "
+        "raise seq_len or vocab_size, or ask for fewer examples"
+    )
+
+
+def _digest(splits: dict[str, Examples]) -> str:
+    sha = hashlib.sha256()
+    for split in sorted(splits):
+        for column in splits[split]:
+            if column is not None:
+                sha.update(f"{split}{column.dtype}{column.shape}".encode())
+                sha.update(np.ascontiguousarray(column).data)
+    return sha.hexdigest()[:16]

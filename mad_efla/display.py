@@ -1,0 +1,262 @@
+"""What the terminal shows: tables on stdout, one live display on stderr."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from mad_efla.execute import Event
+from mad_efla.run import RunConfig
+from mad_efla.scores import Interval, Line
+from mad_efla.store import RunFolder
+
+PLAIN_WIDTH = 140  # columns, where stdout is no terminal
+_PLAIN_SECONDS = 15.0  # between lines about running runs, where stderr is no terminal
+
+_ROLES = {"key": "bold cyan", "value": "green", "copy": "bold magenta", "noise": "dim"}
+
+
+def stdout() -> Console:
+    """Return the console for results."""
+    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True)
+
+
+def stderr() -> Console:
+    """Return the console for progress and warnings."""
+    return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=PLAIN_WIDTH)
+
+
+class Follow:
+    """The live display of a sweep: a bar per running run and one for the whole.
+
+    Use as a context manager and hand `update` to `execute`.
+
+    Args:
+        runs: All runs of the sweep.
+        done: Those that had a result before.
+    """
+
+    def __init__(self, runs: list[RunConfig], done: list[RunConfig]):
+        self.console = stderr()
+        self.total_tokens = sum(r.tokens for r in runs)
+        self.done_tokens = sum(r.tokens for r in done)
+        self.count, self.total = len(done), len(runs)
+        self.made_tokens = 0
+        self.running: dict[str, tuple[RunConfig, int, dict[str, float]]] = {}
+        self.offsets: dict[str, int] = {}
+        self.started = self.said = time.monotonic()
+        self.whole, self.cells = _bars(), _bars()
+        self.bar = self.whole.add_task("sweep", total=self.total_tokens, note="starting workers")
+        self.bars: dict[str, TaskID] = {}
+        self.live: Live | None = None
+
+    def __enter__(self) -> "Follow":
+        if self.console.is_terminal:
+            self.live = Live(Group(self.cells, self.whole), console=self.console, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def update(self, events: list[Event]) -> None:
+        """Take in what happens."""
+        for event in events:
+            if event.status == "running":
+                self._moved(event)
+            else:
+                self._ended(event)
+        if self.live:
+            self._draw()
+        elif time.monotonic() - self.said > _PLAIN_SECONDS:
+            self.said = time.monotonic()
+            for run, step, metrics in self.running.values():
+                self._say(f"{name(run)}: step {step}/{run.steps} {_figures(metrics)}")
+            self._say(f"sweep {self.count}/{self.total} runs, {self._left()}")
+
+    def _moved(self, event: Event) -> None:
+        key = event.run.fingerprint
+        if key not in self.running and not self.live:
+            self._say(f"{name(event.run)}: started ({key})")
+        _, step, metrics = self.running.get(key, (event.run, 0, {}))
+        rows, self.offsets[key] = event.folder.rows(self.offsets.get(key, 0))
+        for row in rows:
+            step, metrics = row.step, metrics | row.metrics
+        self.running[key] = (event.run, step, metrics)
+
+    def _ended(self, event: Event) -> None:
+        key = event.run.fingerprint
+        self.running.pop(key, None)
+        if key in self.bars:
+            self.cells.remove_task(self.bars.pop(key))
+        self.count += 1
+        self.made_tokens += event.run.tokens
+        result, failure = event.folder.result(), event.folder.failure()
+        if result and result.test:
+            text = f"test accuracy {result.test.token_accuracy:.4f}, loss {result.test.loss:.4f}"
+            text += f", {result.seconds:.0f} s" + (f" ({result.stopped})" if result.stopped else "")
+        else:
+            text = result.stopped if result else failure.reason if failure else ""
+        self._say(f"{name(event.run)}: {event.status}: {text}")
+
+    def _draw(self) -> None:
+        for key, (run, step, metrics) in self.running.items():
+            if key not in self.bars:
+                self.bars[key] = self.cells.add_task(f"  {name(run)}", total=run.steps, note="")
+            note = f"{step}/{run.steps} {_figures(metrics)}"
+            self.cells.update(self.bars[key], completed=step, note=note)
+        note = f"{self.count}/{self.total} runs, {self._left()}"
+        done = self.done_tokens + self.made_tokens + self._under_way()
+        self.whole.update(self.bar, completed=done, note=note)
+
+    def _under_way(self) -> float:
+        return sum(run.tokens * step / run.steps for run, step, _ in self.running.values())
+
+    def _left(self) -> str:
+        made = self.made_tokens + self._under_way()
+        elapsed = time.monotonic() - self.started
+        left = self.total_tokens - self.done_tokens - made
+        return f"{duration(left * elapsed / made)} left" if made else "time left not known yet"
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+
+def _bars() -> Progress:
+    note = TextColumn("{task.fields[note]}")
+    return Progress(TextColumn("{task.description}"), BarColumn(30), note)
+
+
+def name(run: RunConfig) -> str:
+    """Name a run for people: task, setting, mixer, seed, and the rates that grids vary."""
+    return f"{run.task.name} {run.setting} {run.mixer} lr={run.optim.lr:g} seed={run.seed}"
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them: `42 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86_400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86_400} d {s % 86_400 // 3600} h"
+
+
+def results(lines: list[Line], title: str) -> Table:
+    """Draw the table of a sweep, best first within each setting."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    point = any(line.point for line in lines)
+    missing = any(line.missing for line in lines)
+    for heading in ("setting", "mixer"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("test accuracy %", "95 % interval", "seeds", "loss", "parameters", "state",
+                    "steps to 90 %", "seconds"):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for heading in ["chosen"] * point + ["not counted"] * missing:
+        table.add_column(heading)
+    previous = None
+    for line in lines:
+        if previous not in (None, line.setting):
+            table.add_section()
+        setting = "" if previous == line.setting else line.setting
+        previous = line.setting
+        table.add_row(setting, *_cells(line), *[_point(line)] * point, *[line.missing] * missing)
+    return table
+
+
+def _cells(line: Line) -> list[str]:
+    steps = "" if line.steps_to_90 is None else f"{line.steps_to_90:g}"
+    return [
+        line.mixer,
+        "diverged" if line.accuracy is None else f"{100 * line.accuracy.mean:.2f}",
+        _interval(line.accuracy),
+        str(line.seeds),
+        "" if line.loss is None else f"{line.loss:.4f}",
+        f"{line.parameters:,}",
+        f"{line.state_size:,}",
+        steps or "not reached",
+        f"{line.seconds:.0f}",
+    ]
+
+
+def _interval(accuracy: Interval | None) -> str:
+    if accuracy is None or accuracy.low is None or accuracy.high is None:
+        return "one seed" if accuracy else ""
+    return f"{100 * accuracy.low:.1f} .. {100 * accuracy.high:.1f}"
+
+
+def _point(line: Line) -> str:
+    return ", ".join(f"{k.split('.')[-1]}={v}" for k, v in line.point.items())
+
+
+def runs(found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict) -> Table:
+    """Draw the runs that a sweep would make, with what differs between them."""
+    table = Table(title_justify="left")
+    table.add_column("run")
+    for heading in columns:
+        table.add_column(heading.split(".")[-1], justify="right")
+    for heading in ("steps", "parameters", "state"):
+        table.add_column(heading, justify="right")
+    for index, run in enumerate(found):
+        values = [str(column[index]) for column in columns.values()]
+        parameters, state = sizes[run.fingerprint]
+        table.add_row(run.fingerprint, *values, str(run.steps), f"{parameters:,}", f"{state:,}")
+    return table
+
+
+def example(
+    inputs: list[int], roles: list[str], targets: list[int], answers: list[int], columns: int
+) -> list[Text]:
+    """Draw one sequence in blocks of lines: tokens by role, what is scored, what the solver says.
+
+    Args:
+        inputs: Token ids.
+        roles: A word for each.
+        targets: The answer at scored positions, negative elsewhere.
+        answers: The solver's.
+        columns: Width to fill.
+    """
+    width = max(len(str(t)) for t in (*inputs, *targets))
+    per_line = max((columns - 8) // (width + 1), 1)
+    lines = []
+    for start in range(0, len(inputs), per_line):
+        block = slice(start, start + per_line)
+        tokens = [(f"{t:>{width}} ", _ROLES.get(r, "")) for t, r in
+                  zip(inputs[block], roles[block], strict=True)]  # fmt: skip
+        pairs = list(zip(targets[block], answers[block], strict=True))
+        wanted = [_cell(t, t >= 0, width, "bold yellow") for t, _ in pairs]
+        solved = [_cell(a, t >= 0, width, "bold green" if a == t else "bold red") for t, a in pairs]
+        lines.append(Text.assemble(("tokens  ", "dim"), *tokens))
+        lines.append(Text.assemble(("scored  ", "dim"), *wanted))
+        lines.append(Text.assemble(("solver  ", "dim"), *solved))
+        lines.append(Text(""))
+    return lines
+
+
+def _cell(token: int, scored: bool, width: int, style: str) -> tuple[str, str]:
+    text = "" if not scored else "?" if token < 0 else str(token)
+    return f"{text:>{width}} ", style
+
+
+def _figures(metrics: dict[str, float]) -> str:
+    parts = []
+    if "train/loss" in metrics:
+        parts.append(f"loss {metrics['train/loss']:.3f}")
+    if "val/token_accuracy" in metrics:
+        parts.append(f"accuracy {metrics['val/token_accuracy']:.3f}")
+    return " ".join(parts)
+
+
+def failure(run: RunConfig, folder: RunFolder) -> str:
+    """Say why a run failed and where its traceback is."""
+    found = folder.failure()
+    reason = found.reason if found else "no result"
+    return f"failed: {name(run)}: {reason}\n  traceback: {folder.path / 'failure.json'}"

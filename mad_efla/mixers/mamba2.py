@@ -1,0 +1,118 @@
+"""Mamba-2: a selective state space with one decay per head, in its matrix form (SSD).
+
+    z, xbc, dt = x W_in                  xbc = silu(conv(xbc)),  u, b, c = split(xbc)
+    dt = softplus(dt + dt_bias)          a = -exp(a_log)
+    S_t = exp(dt a) S_{t-1} + dt b u^T   y_t = S_t^T c_t + d u_t
+    out = W_out norm(y * silu(z))
+
+Legend: H heads of width P = width * expand / H, N = state_dim; b and c are shared by all heads.
+Source: Dao and Gu 2024, arXiv 2405.21060, section 7.
+Departure: `expand` is 1 by default and state_dim 16, so that 8 heads of 16 x 16 hold as many
+numbers as the delta family's; the authors' block is `expand: 2, state_dim: 64` and more.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, State
+from mad_kernels import short_conv, short_conv_step, ssd, ssd_step
+
+
+class Mamba2(Mixer):
+    """Mamba-2's block."""
+
+    class Config(MixerConfig):
+        """Fields of Mamba-2.
+
+        Attributes:
+            heads: Heads H.
+            expand: Inner width over model width.
+            state_dim: State width N.
+            conv: Taps of the causal depthwise convolution before silu; 0 for none.
+            output_norm: RMSNorm over the gated output.
+            dt_min: Smallest initial step size.
+            dt_max: Largest initial step size.
+        """
+
+        name: Literal["mamba2"] = "mamba2"
+        heads: int = Field(8, ge=1)
+        expand: int = Field(1, ge=1)
+        state_dim: int = Field(16, ge=1)
+        conv: int = Field(4, ge=0)
+        output_norm: bool = True
+        dt_min: float = Field(1e-3, gt=0)
+        dt_max: float = Field(0.1, gt=0)
+
+    def __init__(self, d_model: int, config: Config):
+        super().__init__(d_model, config)
+        H, N = config.heads, config.state_dim
+        self.inner = d_model * config.expand
+        if self.inner % H:
+            raise ValueError(f"heads={H} must divide the inner width {self.inner}")
+        self.widths = (self.inner, self.inner + 2 * N, H)
+        self.inp = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.out = nn.Linear(self.inner, d_model, bias=False)
+        self.norm = RMSNorm(self.inner, eps=1e-5) if config.output_norm else None
+        self.d = nn.Parameter(torch.ones(H))
+        self.a_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = torch.empty(H).uniform_(low, high).exp()
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus inverted
+        self.conv = None
+        if config.conv:
+            self.conv = nn.Parameter(torch.empty(self.widths[1], config.conv))
+            self.conv_bias = nn.Parameter(torch.empty(self.widths[1]))
+            for p in (self.conv, self.conv_bias):
+                nn.init.uniform_(p, -(config.conv**-0.5), config.conv**-0.5)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """Mix along L with the matrix form."""
+        z, xbc, dt = self.inp(x).split(self.widths, dim=-1)
+        if self.conv is None:
+            xbc = F.silu(xbc)
+        else:
+            xbc, _ = short_conv(xbc, self.conv, self.conv_bias, activation="silu")
+        u, b, c = self._parts(xbc)
+        y, _ = ssd(u, self._dt(dt), -self.a_log.exp(), b, c)
+        return self._output(y, u, z)
+
+    def initial_state(self, batch: int, device: torch.device) -> State:
+        """Return a zero state per head and the empty window of the convolution."""
+        H, N = self.config.heads, self.config.state_dim
+        S = torch.zeros(batch, H, N, self.inner // H, device=device)
+        if self.conv is None:
+            return (S,)
+        return S, torch.zeros(batch, self.widths[1], self.config.conv - 1, device=device)
+
+    def step(self, x: Float[Tensor, "B D"], state: State) -> tuple[Float[Tensor, "B D"], State]:
+        """Mix one more token."""
+        z, xbc, dt = self.inp(x).split(self.widths, dim=-1)
+        if self.conv is None:
+            window, xbc = (), F.silu(xbc)
+        else:
+            xbc, past = short_conv_step(xbc, self.conv, self.conv_bias, state[1], activation="silu")
+            window = (past,)
+        u, b, c = self._parts(xbc)
+        y, S = ssd_step(u, self._dt(dt), -self.a_log.exp(), b, c, state[0])
+        return self._output(y, u, z), (S, *window)
+
+    def _parts(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        N = self.config.state_dim
+        u, b, c = xbc.split((self.inner, N, N), dim=-1)
+        u = rearrange(u, "... (H P) -> ... H P", H=self.config.heads)
+        return u, b[..., None, :], c[..., None, :]
+
+    def _dt(self, dt: Tensor) -> Tensor:
+        return F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
+
+    def _output(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
+        y = rearrange(y + u * self.d.to(u.dtype)[:, None], "... H P -> ... (H P)")
+        y = y * F.silu(z)
+        return self.out(y if self.norm is None else self.norm(y))

@@ -1,0 +1,310 @@
+"""A run is one value: a frozen `RunConfig` in which every default that applied is written down.
+
+Its fingerprint, a hash of its canonical JSON, is its name everywhere: folder, MLflow tag, resume
+key. Where it runs (device, threads, folder) is no part of it; everything that moves a number is.
+"""
+
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from mad_efla import plugins
+from mad_efla.config import (
+    ConfigError,
+    Document,
+    Section,
+    canonical_json,
+    digest,
+    dotted,
+    suggest,
+    validate,
+)
+from mad_efla.mixers import MixerConfig
+from mad_efla.tasks import Task
+
+NUMBERS = 1
+"""Raised when a change to the code moves the result of an unchanged configuration."""
+
+Protocol = Literal["mad", "mad-lab", "quick", "custom"]
+
+# What a protocol's name promises. A run that departs from it must be called `custom`.
+PROTOCOLS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "quick": {"train.loss": ("answers",), "train.select_split": ("validation",)},
+    "mad": {
+        "model.width": (128,),
+        "model.depth": (2,),
+        "model.channel": ("swiglu",),
+        "optim.lr": (1e-4, 5e-4, 1e-3),
+        "optim.weight_decay": (0.0, 0.1),
+        "optim.schedule": ("cosine",),
+        "optim.min_lr": (1e-6,),
+        "optim.warmup_steps": (0,),
+        "optim.grad_clip": (None,),
+        "train.batch_size": (128,),
+        "train.epochs": (200,),
+        "train.loss": ("sequence",),
+        "train.precision": ("bfloat16",),
+        "train.select_split": ("validation",),
+        "train.select_metric": ("token_accuracy",),
+        "train.stop_at": (None,),
+        "data.test_examples": (1280,),
+    },
+}
+PROTOCOLS["mad-lab"] = PROTOCOLS["mad"] | {
+    "optim.schedule": ("constant",),
+    "train.select_split": ("test",),
+    "train.select_metric": ("loss",),
+    "train.stop_at": (0.999,),
+}
+
+
+class DataConfig(Section):
+    """How many examples of each split.
+
+    Attributes:
+        train_examples: Examples trained on, drawn once.
+        validation_examples: Examples that choose weights, learning rates and stops.
+        test_examples: Examples the score is taken on.
+    """
+
+    train_examples: int = Field(default=12_800, ge=1)
+    validation_examples: int = Field(default=1_280, ge=1)
+    test_examples: int = Field(default=1_280, ge=1)
+
+
+class ModelConfig(Section):
+    """The stack around the mixers.
+
+    Attributes:
+        width: Model width D.
+        depth: Pairs of [mixer, channel mixer].
+        channel: The channel mixer after each mixer.
+        norm_eps: Epsilon of RMSNorm.
+    """
+
+    width: int = Field(128, ge=1)
+    depth: int = Field(2, ge=1)
+    channel: Literal["swiglu", "mlp", "none"] = "swiglu"
+    norm_eps: float = Field(1e-5, gt=0)
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule.
+
+    Attributes:
+        lr: Peak learning rate.
+        weight_decay: Decoupled weight decay, on matrices only (not on norms, biases, gates).
+        betas: Of Adam.
+        schedule: `cosine` falls from lr to min_lr over the whole budget; `constant` stays.
+        min_lr: Where the cosine ends.
+        warmup_steps: Steps of linear rise to lr before the schedule.
+        grad_clip: Largest global gradient norm; none by default.
+    """
+
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    min_lr: float = Field(1e-6, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    grad_clip: float | None = Field(None, gt=0)
+
+
+class TrainConfig(Section):
+    """The budget, and what is looked at on the way.
+
+    Attributes:
+        batch_size: Sequences per step.
+        epochs: Passes over the training set. Give this or `steps`.
+        steps: Optimiser steps.
+        loss: `answers`: cross-entropy on scored positions; `sequence`: on what the task trains on
+            as published (the plain next token, for the recall tasks).
+        precision: `bfloat16` autocast or `float32`. `auto` never reaches a run: it is resolved,
+            before the fingerprint, by what the device has instructions for.
+        eval_every: Steps between evaluations; none means once per epoch.
+        select_split: Which split chooses the weights that are scored (`test` only to reproduce
+            published protocols); `none` takes the last.
+        select_metric: By highest token accuracy (ties: lower loss) or lowest loss.
+        stop_at: End early when token accuracy on `select_split` reaches this.
+    """
+
+    batch_size: int = Field(128, ge=1)
+    epochs: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1)
+    loss: Literal["answers", "sequence"] = "answers"
+    precision: Literal["bfloat16", "float32"] = "float32"
+    eval_every: int | None = Field(None, ge=1)
+    select_split: Literal["validation", "test", "none"] = "validation"
+    select_metric: Literal["token_accuracy", "loss"] = "token_accuracy"
+    stop_at: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"steps={self.steps} and train.epochs={self.epochs}: give exactly one of them"
+            )
+        if self.stop_at is not None and self.select_split == "none":
+            raise ValueError(
+                f"stop_at={self.stop_at} needs a split to look at; set train.select_split"
+            )
+        return self
+
+
+class RunConfig(Section):
+    """One training run, complete."""
+
+    numbers: int = NUMBERS
+    protocol: Protocol
+    task: SerializeAsAny[Task]
+    task_version: int
+    setting: str
+    data: DataConfig
+    model: ModelConfig
+    mixers: tuple[SerializeAsAny[MixerConfig], ...]
+    optim: OptimConfig
+    train: TrainConfig
+    seed: int = Field(ge=0, lt=2**32)
+
+    @cached_property
+    def canonical(self) -> str:
+        """The JSON text whose hash is the fingerprint."""
+        return canonical_json({k: v for k, v in self.model_dump().items() if k != "setting"})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits: the run's name."""
+        return digest(self.canonical)
+
+    @property
+    def mixer(self) -> str:
+        """How the mixers are shown: `efla`, `efla(heads=4)`, `attention+efla`."""
+        labels = [mixer_label(m) for m in self.mixers]
+        n = len(labels)
+        period = next(p for p in range(1, n + 1) if n % p == 0 and labels == labels[:p] * (n // p))
+        return "+".join(labels[:period])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one pass; the last batch may be smaller."""
+        return -(-self.data.train_examples // self.train.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole budget."""
+        return self.train.steps or self.steps_per_epoch * (self.train.epochs or 0)
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+        return self.train.eval_every or self.steps_per_epoch
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens the whole budget trains on."""
+        return self.steps * self.train.batch_size * self.task.input_length
+
+
+def mixer_label(config: MixerConfig) -> str:
+    """Name a mixer and the fields in which it departs from its defaults."""
+    fields = type(config).model_fields
+    changed = [
+        f"{key}={value}"
+        for key, value in config.model_dump().items()
+        if key != "name" and value != fields[key].default
+    ]
+    return config.name + (f"({', '.join(changed)})" if changed else "")
+
+
+def build(document: Document) -> RunConfig:
+    """Build a run from a document that holds every section it does not take from defaults.
+
+    Raises:
+        ConfigError: With the place, the rule and the cure, for whatever is wrong.
+    """
+    known = [*RunConfig.model_fields]
+    for key in document.data:
+        if key not in known:
+            raise ConfigError(f"{document.place((key,))}: {key}: unknown key{suggest(key, known)}")
+    task = build_task(document.part("task"))
+    model = validate(ModelConfig, document.part("model"), "model")
+    parts = {
+        "task": task,
+        "task_version": type(task).version,
+        "data": validate(DataConfig, document.part("data"), "data"),
+        "model": model,
+        "mixers": _mixers(document, model.depth),
+        "optim": validate(OptimConfig, document.part("optim"), "optim"),
+        "train": validate(TrainConfig, document.part("train"), "train"),
+    }
+    rest = {k: document.data[k] for k in ("protocol", "setting", "seed") if k in document.data}
+    top = validate(_Top, Document(rest, document.places, document.name))
+    run = RunConfig(**parts, **top.model_dump())
+    _check_protocol(run, document)
+    return run
+
+
+class _Top(Section):
+    protocol: Protocol = "custom"
+    setting: str = "baseline"
+    seed: int = Field(0, ge=0, lt=2**32)
+
+
+def build_task(document: Document) -> Task:
+    """Build a task from its section.
+
+    Raises:
+        ConfigError: With the place, the rule and the cure.
+    """
+    name = document.data.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{document.place(())}: task.name={name!r} must be the name of a task")
+    try:
+        found = plugins.task(name)
+    except ConfigError as error:
+        raise ConfigError(f"{document.place(('name',))}: {error}") from error
+    return validate(found, document, "task")
+
+
+def _mixers(document: Document, depth: int) -> tuple[MixerConfig, ...]:
+    entries = document.data.get("mixers")
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{document.place(('mixers',))}: mixers={entries!r} must name a mixer")
+    if depth % len(entries):
+        raise ConfigError(
+            f"{document.place(('mixers',))}: a pattern of {len(entries)} mixers does not fill "
+            f"model.depth={depth}; use a depth that is a multiple of {len(entries)}"
+        )
+    configs = [_mixer(document, i, entry) for i, entry in enumerate(entries)]
+    return tuple(configs) * (depth // len(entries))
+
+
+def _mixer(document: Document, index: int, entry: Any) -> MixerConfig:
+    path = ("mixers", index)
+    fields = {"name": entry} if isinstance(entry, str) else entry
+    if not isinstance(fields, dict) or not isinstance(fields.get("name"), str):
+        raise ConfigError(
+            f"{document.place(path)}: {dotted(path)}={entry!r} must be a mixer's name, or a "
+            "mapping with `name` and its fields"
+        )
+    try:
+        found = plugins.mixer(fields["name"])
+    except ConfigError as error:
+        raise ConfigError(f"{document.place(path)}: {error}") from error
+    places = {p[2:]: place for p, place in document.places.items() if p[:2] == path}
+    nested = Document(fields, {(): document.place(path)} | places, document.name)
+    return validate(found.Config, nested, dotted(path))
+
+
+def _check_protocol(run: RunConfig, document: Document) -> None:
+    values = run.model_dump()
+    for field, allowed in PROTOCOLS.get(run.protocol, {}).items():
+        section, key = field.split(".")
+        value = values[section][key]
+        if value not in allowed:
+            rule = " or ".join(str(a) for a in allowed)
+            raise ConfigError(
+                f"{document.place((section, key))}: {field}={value} departs from protocol "
+                f"{run.protocol!r}, which fixes it to {rule}; name the protocol custom to change it"
+            )

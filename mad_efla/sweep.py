@@ -1,0 +1,228 @@
+"""A sweep: task files x a plan, expanded to runs. All or nothing, before the first run starts.
+
+Later wins: the task file, the plan's sections, the setting, the grid point, `--set`.
+"""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from mad_efla import config, model
+from mad_efla.config import ConfigError, Document, Section, validate
+from mad_efla.run import Protocol, RunConfig, build
+
+MAX_RUNS = 100_000
+_SECTIONS = ("task", "data", "model", "optim", "train")
+
+
+class Plan(Section):
+    """Who learns, and how.
+
+    Attributes:
+        about: One line for `mad-efla list plans`.
+        protocol: The rules its scores are taken by.
+        mixers: Names, mappings with fields, or lists of them for hybrids.
+        settings: `all` (the baseline and everything the task file varies), `baseline`, or per task
+            a mapping of label to overrides.
+        grid: Field to values, cartesian.
+        seeds: One run each.
+    """
+
+    about: str = ""
+    protocol: Protocol = "custom"
+    mixers: list[Any] = Field(min_length=1)
+    settings: Literal["all", "baseline"] | dict[str, dict[str, dict[str, Any]]] = "all"
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    seeds: list[int] = Field(default=[0], min_length=1)
+
+
+class Sweep(NamedTuple):
+    """The runs of one task under one plan.
+
+    Attributes:
+        task: The task's name.
+        plan: The plan's name.
+        protocol: The plan's protocol.
+        runs: In the order of the plan, each once.
+        sizes: Parameters and state size of each run's model, by fingerprint.
+    """
+
+    task: str
+    plan: str
+    protocol: str
+    runs: list[RunConfig]
+    sizes: dict[str, tuple[int, int]]
+
+    @property
+    def id(self) -> str:
+        """Hash of what the sweep consists of."""
+        fingerprints = sorted(r.fingerprint for r in self.runs)
+        return config.digest(config.canonical_json([self.task, self.plan, *fingerprints]))
+
+
+def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> Sweep:
+    """Build every run of a task under a plan, and check that each can be built.
+
+    Args:
+        task: Path or name of a task file.
+        plan: Path or name of a plan.
+        assignments: What `--set` was given: `FIELD=VALUE`.
+        precision: What `train.precision: auto` means here.
+
+    Raises:
+        ConfigError: With file, line, value, rule and cure.
+    """
+    task_file, plan_file = config.find(task, "tasks"), config.find(plan, "sweeps")
+    plan_sets, run_sets = _split_sets(assignments)
+    plan_document = config.merge(config.read(plan_file), *plan_sets)
+    parsed = validate(Plan, plan_document.without(*_SECTIONS))
+    axes = _axes(parsed, plan_document, run_sets)
+    task_document = config.read(task_file)
+    base = _base(task_document, plan_document)
+    name = base.part("task").data.get("name")
+    runs: dict[str, RunConfig] = {}
+    for label, setting in _settings(parsed, plan_document, task_document, str(name)):
+        for entry, point, seed in itertools.product(
+            enumerate(parsed.mixers), _grid(axes), enumerate(parsed.seeds)
+        ):
+            parts = (_mixers(plan_document, *entry), *point, _seed(plan_document, *seed))
+            cell = config.merge(base, setting, *parts, *run_sets)
+            run = build(_resolve(cell, label, parsed.protocol, precision))
+            runs.setdefault(run.fingerprint, run)
+    sizes = _check_models(runs.values(), plan_document)
+    return Sweep(str(name), plan_file.stem, parsed.protocol, list(runs.values()), sizes)
+
+
+def differences(runs: list[RunConfig]) -> dict[str, list[Any]]:
+    """Return the fields in which runs differ, with each run's value."""
+    flat = [flatten(r) for r in runs]
+    names = list(dict.fromkeys(name for f in flat for name in f))
+    columns = {name: [f.get(name) for f in flat] for name in names}
+    shown = {"train.steps", "train.epochs"}  # the steps of the whole budget are shown anyway
+    return {
+        name: values
+        for name, values in columns.items()
+        if name not in shown and len(set(map(str, values))) > 1
+    }
+
+
+def flatten(run: RunConfig) -> dict[str, Any]:
+    """Return a run's fields by dotted name; the mixers as one label."""
+    flat: dict[str, Any] = {"mixer": run.mixer, "setting": run.setting, "seed": run.seed}
+    for section in _SECTIONS:
+        for key, value in getattr(run, section).model_dump().items():
+            flat[f"{section}.{key}"] = value
+    return flat
+
+
+# ------------------------------------------------------------------ pieces
+
+
+def _split_sets(assignments: Iterable[str]) -> tuple[list[Document], list[Document]]:
+    """Tell overrides of the plan itself (`seeds`) from overrides of every run (`optim.lr`)."""
+    of_plan, of_runs = [], []
+    for text in assignments:
+        path, value = config.assignment(text)
+        document = config.from_paths({path: value}, f"--set {text}")
+        (of_plan if path.split(".")[0] in Plan.model_fields else of_runs).append(document)
+    return of_plan, of_runs
+
+
+def _base(task: Document, plan: Document) -> Document:
+    for key in task.data:
+        if key not in ("task", "data", "vary"):
+            known = config.suggest(key, ["task", "data", "vary"])
+            raise ConfigError(f"{task.place((key,))}: {key}: unknown key{known}")
+    for key in ("task", *_SECTIONS):
+        for document in (task, plan):
+            document.part(key)  # must be a mapping
+    if "name" in plan.part("task").data:
+        raise ConfigError(f"{plan.place(('task',))}: task.name belongs to the task file; remove it")
+    sections = [k for k in plan.data if k not in _SECTIONS]
+    return config.merge(task.without("vary"), plan.without(*sections))
+
+
+def _axes(parsed: Plan, plan: Document, sets: list[Document]) -> dict[str, tuple[list[Any], str]]:
+    """Return the grid's axes with their places, less those that `--set` has settled."""
+    settled = [tuple(p) for s in sets for p in s.places if p]
+    axes = {}
+    for field, values in parsed.grid.items():
+        place = plan.place(("grid", field))
+        if not values:
+            raise ConfigError(f"{place}: grid.{field}=[] must list at least one value")
+        if tuple(field.split(".")) not in settled:
+            axes[field] = (values, place)
+    return axes
+
+
+def _grid(axes: dict[str, tuple[list[Any], str]]) -> list[tuple[Document, ...]]:
+    columns = [
+        [config.from_paths({field: value}, place) for value in values]
+        for field, (values, place) in axes.items()
+    ]
+    return list(itertools.product(*columns))
+
+
+def _settings(
+    parsed: Plan, plan: Document, task: Document, name: str
+) -> list[tuple[str, Document]]:
+    empty = Document({}, {}, task.name)
+    if isinstance(parsed.settings, dict):
+        if name not in parsed.settings:
+            raise ConfigError(
+                f"{plan.place(('settings',))}: settings has none for task {name!r}"
+                + config.suggest(name, list(parsed.settings))
+            )
+        return [
+            (label, config.from_paths(overrides, plan.place(("settings", name, label))))
+            for label, overrides in parsed.settings[name].items()
+        ]
+    found = [("baseline", empty)]
+    if parsed.settings == "all":
+        for field, values in task.part("vary").data.items():
+            place = task.place(("vary", field))
+            if not isinstance(values, list):
+                raise ConfigError(f"{place}: vary.{field}={values!r} must be a list of values")
+            for value in values:
+                label = f"{field.split('.')[-1]}={value}"
+                found.append((label, config.from_paths({field: value}, place)))
+    return found
+
+
+def _mixers(plan: Document, index: int, entry: Any) -> Document:
+    entries = entry if isinstance(entry, list) else [entry]
+    places = {("mixers", i): plan.place(("mixers", index)) for i in range(len(entries))}
+    return Document({"mixers": entries}, places, plan.name)
+
+
+def _seed(plan: Document, index: int, seed: int) -> Document:
+    return Document({"seed": seed}, {("seed",): plan.place(("seeds", index))}, plan.name)
+
+
+def _resolve(cell: Document, label: str, protocol: str, precision: str) -> Document:
+    data = dict(cell.data) | {"setting": label, "protocol": protocol}
+    train = cell.part("train").data
+    if train.get("precision") == "auto":
+        data["train"] = train | {"precision": precision}
+    return Document(data, cell.places, cell.name)
+
+
+def _check_models(runs: Iterable[RunConfig], plan: Document) -> dict[str, tuple[int, int]]:
+    """Build each distinct model without memory; return parameters and state size of every run."""
+    built: dict[str, Any] = {}
+    sizes = {}
+    for count, run in enumerate(runs):
+        if count >= MAX_RUNS:
+            raise ConfigError(f"{plan.name}: more than {MAX_RUNS} runs; split the plan")
+        key = f"{run.model} {run.mixers} {run.task.vocabulary}"
+        if key not in built:
+            try:
+                built[key] = model.check(run)
+            except ConfigError as error:
+                raise ConfigError(f"{plan.place(('mixers',))}: {error}") from error
+        network = built[key]
+        state = model.state_size(network, run.task.input_length)
+        sizes[run.fingerprint] = (model.parameter_count(network), state)
+    return sizes

@@ -1,0 +1,324 @@
+"""The training loop: one run, from its configuration to its result.
+
+Every random number comes from the run's seed: the data, the initial weights, the order of examples.
+A run that is stopped writes where it stands and goes on from there; on a CPU, with the same number
+of threads, it then ends with the same weights, bit for bit.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mad_efla import data, model
+from mad_efla.metrics import Tally
+from mad_efla.run import OptimConfig, RunConfig
+from mad_efla.store import Result, Row, RunFolder, Scores, now
+from mad_efla.tasks import IGNORE
+from mad_kernels import record_backends
+
+LOG_EVERY = 10  # steps between logged training losses
+CHECKPOINT_SECONDS = 60.0
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its checkpoint is written."""
+
+
+class Diverged(Exception):
+    """The loss stopped being finite at this step."""
+
+    def __init__(self, step: int):
+        super().__init__(f"loss not finite at step {step}")
+        self.step = step
+
+
+def train(
+    run: RunConfig,
+    folder: RunFolder,
+    *,
+    device: str = "cpu",
+    environment: dict[str, str] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Train a run to its end, or go on with it.
+
+    Args:
+        run: What to train.
+        folder: Where it stands and where it writes.
+        device: `cpu` or `cuda`.
+        environment: Recorded with the result.
+        stop: Asked after every step; when true, a checkpoint is written and the run interrupted.
+
+    Returns:
+        The result, already written.
+
+    Raises:
+        Interrupted: `stop` returned true.
+    """
+    loop = _Loop(run, folder, torch.device(device))
+    status, stopped = "finished", None
+    try:
+        stopped = loop.steps(stop)
+        test, validation = loop.score()
+    except Diverged as error:
+        status, stopped, test, validation = "diverged", str(error), None, None
+    result = Result(
+        fingerprint=run.fingerprint,
+        status=status,
+        test=test,
+        validation=validation,
+        chosen_step=loop.chosen_step if test else None,
+        steps=loop.step,
+        stopped=stopped,
+        steps_to_90=loop.steps_to_90,
+        parameters=model.parameter_count(loop.model),
+        state_size=model.state_size(loop.model, run.task.input_length),
+        seconds=round(loop.seconds, 3),
+        train_seconds=round(loop.train_seconds, 3),
+        data_digest=loop.data.digest,
+        environment=(environment or {}) | {"backends": " ".join(sorted(loop.backends))},
+        started=loop.started,
+        ended=now(),
+    )
+    folder.finish(result)
+    return result
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        config: Peak, warm-up, schedule and floor.
+        step: From 0.
+        steps: Of the whole budget.
+
+    Source: Loshchilov and Hutter 2017, arXiv 1608.03983, Eq. 5, one period, annealed every step.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    floor = min(config.min_lr, config.lr)
+    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class _Loop:
+    """The state of a run in training."""
+
+    def __init__(self, run: RunConfig, folder: RunFolder, device: torch.device):
+        self._begun = self._saved = time.perf_counter()
+        self.run, self.folder, self.device = run, folder, device
+        self.data = data.make(run.task, run.seed, run.data)
+        self.splits = {
+            split: _tensors(getattr(self.data, split), run.train.loss if split == "train" else "")
+            for split in data.SPLITS
+        }
+        self.splits = {s: tuple(t.to(device) for t in ts) for s, ts in self.splits.items()}
+        self.model = model.build(run).to(device)
+        self.optimizer = _optimizer(self.model, run.optim)
+        self.step = 0
+        self.started = now()
+        self.earlier_seconds = 0.0
+        self.train_seconds = 0.0
+        self.losses: list[Tensor] = []  # of the steps since the last logged one
+        self.pending_seconds = 0.0  # spent in them
+        self.steps_to_90: int | None = None
+        self.chosen_step: int | None = None
+        self.chosen_key = (-math.inf, -math.inf)
+        self.chosen: dict[str, Tensor] | None = None
+        self.stopped: str | None = None
+        self.backends: set[str] = set()
+        self._order: tuple[int, Tensor] | None = None
+        self._restore()
+
+    # ---------------------------------------------------------------- steps
+
+    def steps(self, stop: Callable[[], bool]) -> str | None:
+        """Train to the end of the budget; return why it ended earlier, if it did."""
+        while self.step < self.run.steps and self.stopped is None:
+            self._train_step()
+            if len(self.losses) == LOG_EVERY or self._evaluation_due():
+                self._log_training()
+            if self._evaluation_due():
+                self._evaluate()
+            if stop():
+                self._save()
+                raise Interrupted(f"stopped after step {self.step}")
+            if time.perf_counter() - self._saved > CHECKPOINT_SECONDS:
+                self._save()
+        return self.stopped
+
+    def score(self) -> tuple[Scores, Scores]:
+        """Score the chosen weights on the test and validation splits."""
+        if self.chosen is not None:
+            self.model.load_state_dict(self.chosen)
+        else:
+            self.chosen_step = self.step
+        test, validation = self._scores("test"), self._scores("validation")
+        if not math.isfinite(test.loss + validation.loss):
+            raise Diverged(self.step)
+        self.folder.save_model({k: v.cpu() for k, v in self.model.state_dict().items()})
+        return test, validation
+
+    def _train_step(self) -> None:
+        start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.run.optim, self.step, self.run.steps)
+        inputs, targets = (t[self._batch()] for t in self.splits["train"])
+        scored = targets != IGNORE
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast(), record_backends() as ran:
+            logits = self.model(inputs.long(), scored)
+        loss = F.cross_entropy(logits.float(), targets[scored].long())
+        loss.backward()
+        if self.run.optim.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optim.grad_clip)
+        self.optimizer.step()
+        self.losses.append(loss.detach())
+        self.backends |= ran
+        self.step += 1
+        self.pending_seconds += time.perf_counter() - start
+
+    def _batch(self) -> Tensor:
+        epoch, batch = divmod(self.step, self.run.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            rng = data.stream(self.run.seed, "order", epoch)
+            order = rng.permutation(self.run.data.train_examples)
+            self._order = epoch, torch.from_numpy(order).to(self.device)
+        size = self.run.train.batch_size
+        return self._order[1][batch * size : (batch + 1) * size]
+
+    def _log_training(self) -> None:
+        start = time.perf_counter()
+        values = torch.stack(self.losses).tolist()  # the one place that waits for the device
+        elapsed = self.pending_seconds + time.perf_counter() - start
+        self.train_seconds += elapsed
+        self.losses, self.pending_seconds = [], 0.0
+        first = self.step - len(values)
+        for offset, value in enumerate(values):
+            if not math.isfinite(value):
+                raise Diverged(first + offset + 1)
+        tokens = len(values) * self.run.train.batch_size * self.run.task.input_length
+        self._log(
+            {
+                "train/loss": sum(values) / len(values),
+                "train/learning_rate": learning_rate(self.run.optim, self.step - 1, self.run.steps),
+                "train/tokens_per_second": tokens / elapsed,
+            }
+        )
+
+    # ----------------------------------------------------------- evaluation
+
+    def _evaluation_due(self) -> bool:
+        return self.step % self.run.eval_every == 0 or self.step == self.run.steps
+
+    def _evaluate(self) -> None:
+        train = self.run.train
+        validation = self._scores("validation")
+        self._log({f"val/{name}": value for name, value in validation.model_dump().items()})
+        if self.steps_to_90 is None and validation.token_accuracy >= 0.9:
+            self.steps_to_90 = self.step
+        if train.select_split == "none":
+            return
+        scores = validation
+        if train.select_split == "test":
+            scores = self._scores("test")
+            self._log({f"test_curve/{name}": value for name, value in scores.model_dump().items()})
+        key = (-scores.loss, 0.0)
+        if train.select_metric == "token_accuracy":
+            key = (scores.token_accuracy, -scores.loss)
+        if key > self.chosen_key:
+            self.chosen_key, self.chosen_step = key, self.step
+            self.chosen = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        if train.stop_at is not None and scores.token_accuracy >= train.stop_at:
+            self.stopped = (
+                f"solved: {train.select_split} token accuracy {scores.token_accuracy:.4f} "
+                f"reached {train.stop_at} at step {self.step}"
+            )
+
+    @torch.no_grad()
+    def _scores(self, split: str) -> Scores:
+        inputs, targets = self.splits[split]
+        tally = Tally(self.run.task.vocabulary, self.device)
+        for start in range(0, len(inputs), self.run.train.batch_size):
+            rows = slice(start, start + self.run.train.batch_size)
+            scored = targets[rows] != IGNORE
+            with self._autocast():
+                logits = self.model(inputs[rows].long(), scored)
+            tally.add(logits, targets[rows][scored].long())
+        return tally.scores()
+
+    def _autocast(self) -> torch.autocast:
+        half = self.run.train.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+    # ---------------------------------------------------------- persistence
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self.folder.append([Row(self.step, now(), finite)])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all attempts so far."""
+        return self.earlier_seconds + time.perf_counter() - self._begun
+
+    def _save(self) -> None:
+        self.folder.save_checkpoint(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "random": torch.get_rng_state(),
+                "chosen": self.chosen,
+                "chosen_key": list(self.chosen_key),
+                **{name: getattr(self, name) for name in _COUNTERS},
+                "earlier_seconds": self.seconds,
+                "losses": self.losses,
+                "backends": sorted(self.backends),
+            }
+        )
+        self._saved = time.perf_counter()
+
+    def _restore(self) -> None:
+        state: dict[str, Any] | None = self.folder.load_checkpoint()
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.chosen = state["chosen"]
+        self.chosen_key = tuple(state["chosen_key"])
+        self.backends = set(state["backends"])
+        self.losses = [loss.to(self.device) for loss in state["losses"]]
+        self.earlier_seconds = state["earlier_seconds"]
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+
+
+_COUNTERS = (
+    "step", "started", "train_seconds", "pending_seconds", "steps_to_90", "chosen_step", "stopped",
+)  # fmt: skip
+
+
+def _tensors(examples: data.Examples, loss: str) -> tuple[Tensor, Tensor]:
+    """Return inputs and the targets trained or scored on."""
+    targets = examples.targets
+    if loss == "sequence" and examples.next_tokens is not None:
+        targets = examples.next_tokens
+    return torch.from_numpy(examples.inputs), torch.from_numpy(targets)
+
+
+def _optimizer(module: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW that decays matrices only: norms, biases and gates are left alone."""
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)

@@ -1,0 +1,20 @@
+"""Shapes in annotations are checked while testing; nothing here touches the network."""
+
+import os
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)  # before anything computes: equal bits need equal threads
+os.environ["COLUMNS"] = "140"
+
+install_import_hook(["mad_efla", "mad_kernels"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """Run every test in a folder of its own, with no store or backend from outside."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MAD_KERNELS_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
