@@ -210,6 +210,9 @@ def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
         title = f"{found.task}, plan {found.plan}, protocol {found.protocol}"
         if lines:
             console.print(display.results(lines, title))
+        if len(results) < len(found.runs):
+            absent = len(found.runs) - len(results)
+            err.print(f"{absent} of {len(found.runs)} runs have no result", highlight=False)
         for run in found.runs:
             folder = store.RunFolder(out, run.fingerprint)
             if run.fingerprint not in results and folder.status() == "failed":

@@ -125,7 +125,7 @@ class Follow:
         return f"{duration(left * elapsed / made)} left" if made else "time left not known yet"
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _bars() -> Progress:

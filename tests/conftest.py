@@ -9,7 +9,14 @@ from jaxtyping import install_import_hook
 torch.set_num_threads(1)  # before anything computes: equal bits need equal threads
 os.environ["COLUMNS"] = "140"
 
-install_import_hook(["mad_efla", "mad_kernels"], "beartype.beartype")
+_WITH_SHAPES = (
+    "mad_kernels",
+    "mad_efla.mixers",
+    "mad_efla.tasks",
+    "mad_efla.model",
+    "mad_efla.metrics",
+)
+install_import_hook(list(_WITH_SHAPES), "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -179,3 +180,14 @@ def test_a_run_folder_holds_the_resolved_configuration(files):
         written = json.loads((folder.path / "config.json").read_text())
         assert written == folder.run().model_dump(mode="json")
         assert written["optim"]["betas"] == [0.9, 0.999]  # a default, written down
+
+
+def test_the_mixer_of_contributing_md_runs(files, monkeypatch):
+    root = Path(__file__).parent.parent
+    text = (root / "CONTRIBUTING.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    (files / "decay.py").write_text(code)
+    monkeypatch.syspath_prepend(files)
+    done = call(*SWEEP, "--set", "mixers=['decay:Decay']")
+    assert "decay:Decay" in done.stdout
+    sys.modules.pop("decay")

@@ -66,7 +66,10 @@ class Attention(Mixer):
         if self.config.rotary:
             angles = self._angles(torch.arange(x.shape[1], device=x.device))
             q, k = _rotate(q, angles), _rotate(k, angles)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if x.device.type == "cpu":  # in bfloat16 it is 3.5 times slower there, and less exact
+            q, k, v = q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self._output(rearrange(o, "B H L Dh -> B L H Dh"))
 
     def initial_state(self, batch: int, device: torch.device) -> State:
