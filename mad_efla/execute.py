@@ -108,9 +108,8 @@ def environment(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "git_commit": _git_commit(),
     }
-    for package in ("mad-efla", "torch", "numpy"):
-        found[package] = metadata.version(package)
-    return found
+    versions = {package: metadata.version(package) for package in ("mad-efla", "numpy")}
+    return found | versions | {"torch": torch.__version__}  # which names the build, too
 
 
 # ------------------------------------------------------------------ workers

@@ -5,13 +5,19 @@
     run             child run, tagged mad.role=cell and mad.fingerprint, one per experiment
     RunConfig       parameters (optim.lr, and optim.lr_log10 for axes that know no logarithm)
     metrics.jsonl   curves: train/loss, val/token_accuracy, ...
-    Result          test/... and summary/..., once, at step 0; tags mad.env.*; the dataset's digest
+    Result          test/... and total/..., once, at step 0; tags mad.env.*; the dataset's digest
     config.json     artifact config.json; a failed run adds traceback.txt
     status          running RUNNING, finished and diverged FINISHED, failed FAILED,
                     interrupted KILLED; a run that only waits is not in MLflow yet
 
 Every field is a parameter, constants too: whoever reads a run, or searches for one, expects it
 whole. The versions of code and task, which nobody compares runs by, are tags.
+
+Names and order follow from what MLflow's page does with them. Sections of charts are sorted by the
+prefix of the metric, so what matters less than `test/` has a prefix that comes later. Parallel
+coordinates open on the first three parameters in which runs differ, so the mixer's own fields,
+which another mixer does not have, are `token_mixer.*` and come behind `optim.lr`, `seed` and
+`setting`. The compare page opens on the metric that was logged first: that is an accuracy.
 
 Nothing is remembered beside MLflow itself. A run that is FINISHED there is complete, because that
 status is set last. Of any other, the last step of each metric is asked for once, and only later
@@ -54,7 +60,10 @@ PRIMARY = "test/token_accuracy"
 LIVE_SECONDS = 3.0
 CLOSE_SECONDS = 20.0
 _LONGEST_PAUSE = 60.0
+_FIRST = (PRIMARY, "val/token_accuracy")
+_PATIENCE = 50  # logged steps held back at most, until there is a first accuracy to log
 _BATCH = 1000  # metrics in one request, the most that MLflow takes
+_ALL_RUNS = 3  # MLflow's ViewType: deleted ones too
 _PORT = 5000
 _MLFLOW_STATUS: dict[Status, str] = {
     "running": "RUNNING",
@@ -238,7 +247,7 @@ def deep_link(uri: str, host: str, port: int, experiment_id: str | None = None) 
     shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
     base = _without_password(uri).rstrip("/") if _is_server(uri) else f"http://{shown}:{port}"
     if experiment_id is None:
-        return base
+        return f"{base}/#/experiments?workflowType=machine_learning"
     where = quote("tags.`mad.role` = 'cell'")
     return (
         f"{base}/#/experiments/{experiment_id}/runs?searchFilter={where}"
@@ -265,7 +274,7 @@ def _free_port(host: str, wish: int | None) -> int:
 
 
 def parameters(run: RunConfig) -> dict[str, str]:
-    """Return every field of a run under a key that MLflow takes: `optim.lr`, `mixer.heads`."""
+    """Return every field of a run by a name that MLflow takes: `optim.lr`, `token_mixer.heads`."""
     flat: dict[str, Any] = {"mixer": run.mixer, "setting": run.setting, "seed": run.seed}
     for section in ("task", "data", "model", "optim", "train"):
         for key, value in getattr(run, section).model_dump().items():
@@ -274,7 +283,7 @@ def parameters(run: RunConfig) -> dict[str, str]:
     alike = all(m == run.mixers[0] for m in run.mixers)
     for index, mixer in enumerate(run.mixers[:1] if alike else run.mixers):
         for key, value in mixer.model_dump().items():
-            flat[f"mixer.{key}" if alike else f"mixer.{index}.{key}"] = value
+            flat[f"token_mixer.{key}" if alike else f"token_mixer.{index}.{key}"] = value
     return {re.sub(r"[^\w./: -]", "_", key): str(value) for key, value in flat.items()}
 
 
@@ -284,20 +293,18 @@ def summary(result: Result) -> dict[str, float]:
     if result.test:
         found = {f"test/{name}": getattr(result.test, name) for name in _SCORES}
     if result.validation:
-        found |= {f"summary/val_{name}": getattr(result.validation, name) for name in _SCORES}
+        found |= {f"val_chosen/{name}": getattr(result.validation, name) for name in _SCORES}
     for name in _NUMBERS:
-        found[f"summary/{name}"] = getattr(result, name)
-    found["summary/diverged"] = float(result.status == "diverged")
+        found[f"total/{name}"] = getattr(result, name)
+    found["total/diverged"] = float(result.status == "diverged")
     return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
 
 
 _SCORES = ("token_accuracy", "macro_accuracy", "loss")
-_NUMBERS = (
-    "steps_to_90", "steps", "chosen_step", "seconds", "train_seconds", "parameters", "state_size",
-)  # fmt: skip
+_NUMBERS = ("steps_to_90", "steps", "seconds", "parameters", "state_size")
 
 
-def _cell_tags(run: RunConfig, record: SweepRecord | None) -> dict[str, str]:
+def _cell_tags(run: RunConfig) -> dict[str, str]:
     tags = {
         "mad.role": "cell",
         "mad.fingerprint": run.fingerprint,
@@ -309,13 +316,16 @@ def _cell_tags(run: RunConfig, record: SweepRecord | None) -> dict[str, str]:
         "mad.task_version": str(run.task_version),
         "mad.numbers": str(run.numbers),
     }
-    return tags | _source(record)
+    return tags | _source()
 
 
-def _source(record: SweepRecord | None) -> dict[str, str]:
+def _source() -> dict[str, str]:
     """Fill the columns that MLflow's own clients fill."""
-    tags = {"mlflow.user": _user(), "mlflow.source.type": "LOCAL"}
-    return tags | ({"mlflow.source.name": record.command} if record else {})
+    return {
+        "mlflow.user": _user(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": "mad-efla",
+    }
 
 
 def _result_tags(result: Result) -> dict[str, str]:
@@ -324,8 +334,9 @@ def _result_tags(result: Result) -> dict[str, str]:
     if re.fullmatch(r"[0-9a-f]{40}", commit):
         tags["mlflow.source.git.commit"] = commit
     tags["mad.data_digest"] = result.data_digest
-    if result.stopped:
-        tags["mad.stopped"] = result.stopped
+    for name in ("stopped", "chosen_step"):
+        if getattr(result, name) is not None:
+            tags[f"mad.{name}"] = str(getattr(result, name))
     return tags
 
 
@@ -339,10 +350,11 @@ A *sweep* is a parent run; its *cells* (tag `mad.role` = `cell`) are one trainin
 | `test/token_accuracy` | the score: right answers on the test split, in [0, 1] |
 | `test/macro_accuracy` | the same, averaged over the answers' classes |
 | `test/loss` | nats per scored token |
-| `summary/steps_to_90` | first evaluated step with validation accuracy of at least 0.9 |
-| `summary/state_size` | numbers the mixers carry from token to token |
-| `summary/diverged` | 1 where the loss stopped being finite |
+| `total/steps_to_90` | first evaluated step with validation accuracy of at least 0.9 |
+| `total/state_size` | numbers the mixers carry from token to token |
+| `total/diverged` | 1 where the loss stopped being finite |
 | `train/...`, `val/...` | curves over steps |
+| `val_chosen/...` | the validation split under the weights that were scored |
 
 Scores of different protocols (tag `mad.protocol`) are not comparable.
 """
@@ -351,6 +363,7 @@ _HEADER = (
     "setting", "mixer", "grid point", "seeds", "accuracy", "low", "high", "macro accuracy", "loss",
     "parameters", "state size", "steps to 90 %", "seconds", "missing",
 )  # fmt: skip
+_SHOWN = ("setting", "mixer", "grid point", "seeds", "accuracy", "low", "high", "loss", "missing")
 
 
 def _leaderboard(lines: list[scores.Line]) -> list[list[str]]:
@@ -370,8 +383,10 @@ def _leaderboard(lines: list[scores.Line]) -> list[list[str]]:
 
 
 def _markdown(rows: list[list[str]]) -> str:
+    """Write the columns that fit beside MLflow's own."""
     table = [_HEADER, ["---"] * len(_HEADER), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in table)
+    columns = [_HEADER.index(c) for c in _HEADER if c in _SHOWN]
+    return "\n".join("| " + " | ".join(row[c] for c in columns) + " |" for row in table)
 
 
 def _csv(rows: list[list[str]]) -> str:
@@ -452,7 +467,7 @@ class _Bridge:
                     count += self._sweep(task, record, cells, notes)
         except Exception as error:  # whatever MLflow does, a sweep goes on
             problem = self.explain(error)
-        return SyncReport(count, problem, tuple(notes), self.experiments)
+        return SyncReport(count, problem, tuple(dict.fromkeys(notes)), self.experiments)
 
     def explain(self, error: Exception) -> str:
         """Put into one sentence why MLflow is not up to date, and what helps."""
@@ -491,7 +506,8 @@ class _Bridge:
             try:
                 self.runs[fingerprint] = RunFolder(self.out, fingerprint).run()
             except ConfigError as error:
-                notes.append(str(error))
+                if (self.out / fingerprint).exists():  # else its turn has not come
+                    notes.append(str(error))
         return self.runs.get(fingerprint)
 
     # -------------------------------------------------------------- store
@@ -546,21 +562,20 @@ class _Bridge:
             )
         else:
             identity = found.experiment_id
-        for run in self._search(identity, "attributes.run_id != ''"):
+        for run in self._search(identity):
             key = run.data.tags.get("mad.fingerprint") or run.data.tags.get("mad.sweep")
             if key and (key not in self.known or self.known[key].deleted):
                 self.known[key] = _as_known(run)
         self.experiments[task] = identity
 
-    def _search(self, experiment_id: str, where: str) -> list[Any]:
-        found, token = [], None
-        while token or not found:
+    def _search(self, experiment_id: str, where: str = "") -> list[Any]:
+        found, token = [], ""
+        while token is not None:
             page = self.client.search_runs(
-                [experiment_id], where, run_view_type=3, max_results=_BATCH, page_token=token
-            )  # 3: deleted ones too
-            found, token = [*found, *page], page.token
-            if not token:
-                break
+                [experiment_id], where, _ALL_RUNS, max_results=_BATCH, page_token=token or None
+            )
+            found += page
+            token = page.token or None
         return found
 
     # -------------------------------------------------------------- sweeps
@@ -606,7 +621,7 @@ class _Bridge:
                 "mad.plan": record.plan,
                 "mad.command": record.command,
             }
-            self._create(task, record.id, record.plan, record.started, tags | _source(record))
+            self._create(task, record.id, record.plan, record.started, tags | _source())
         return self.known[record.id]
 
     def _summarise(
@@ -622,7 +637,7 @@ class _Bridge:
             return
         runs = [r for f in record.fingerprints if (r := self._read(f, notes))]
         rows = _leaderboard(scores.table(runs, self.results))
-        note = f"`{record.command}`\n\nProtocol {record.protocol}; {counts}.\n\n{_markdown(rows)}"
+        note = f"Protocol {record.protocol}: {counts}.\n\n{_markdown(rows)}\n\n`{record.command}`"
         self.client.set_tag(parent.run_id, "mlflow.note.content", note)
         self.client.log_text(parent.run_id, _csv(rows), "leaderboard.csv")
         if not live:
@@ -656,8 +671,8 @@ class _Bridge:
         look = (status, _size(folder), failure)
         known = self._child(run, folder, name, record, parent)
         if known.seen != look:
-            self._curves(known, folder)
-            self._ending(known, run, status, self.results.get(key), failure)
+            self._numbers(known, folder, status)
+            self._ending(known, run, status, failure)
             known.seen = look
         self._belongs(known, record)
         return True
@@ -676,7 +691,7 @@ class _Bridge:
             rows, _ = folder.rows()
             result = self.results.get(key)
             started = result.started if result else rows[0].time if rows else now()
-            tags = _cell_tags(run, record)
+            tags = _cell_tags(run)
             if parent and not parent.deleted:
                 tags["mlflow.parentRunId"] = parent.run_id
             self._create(run.task.name, key, name or _names([run])[key], started, tags)
@@ -695,25 +710,26 @@ class _Bridge:
         text = json.dumps(run.model_dump(mode="json"), indent=1)
         self.client.log_text(known.run_id, text, "config.json")
 
-    def _curves(self, known: _Known, folder: RunFolder) -> None:
-        """Send what metrics.jsonl holds beyond the last step sent."""
-        self._metrics(
-            known,
-            [
-                (key, value, row.time, row.step)
-                for row in folder.rows()[0]
-                for key, value in row.metrics.items()
-            ],
-        )
+    def _numbers(self, known: _Known, folder: RunFolder, status: Status) -> None:
+        """Send what MLflow has not been told: the result's numbers, and steps beyond the last."""
+        rows, _ = folder.rows()
+        points = [(k, v, row.time, row.step) for row in rows for k, v in row.metrics.items()]
+        result = self.results.get(folder.fingerprint)
+        if result:
+            points = [(k, v, result.ended, 0) for k, v in summary(result).items()] + points
+        first = [p for p in points if p[0] in _FIRST]
+        if status == "running" and not known.steps and not first and len(rows) < _PATIENCE:
+            return
+        self._metrics(known, first)
+        self._metrics(known, points)
 
     def _ending(
-        self, known: _Known, run: RunConfig, status: Status, result: Result | None,
-        failure: Failure | None,
-    ) -> None:  # fmt: skip
+        self, known: _Known, run: RunConfig, status: Status, failure: Failure | None
+    ) -> None:
         """Say how a run stands; the status comes last, since it says that all is there."""
         tags = {"mad.status": status}
+        result = self.results.get(run.fingerprint)
         if result:
-            self._metrics(known, [(k, v, result.ended, 0) for k, v in summary(result).items()])
             self._dataset(known, run, result)
             tags |= _result_tags(result)
             if status == "diverged":
@@ -728,7 +744,7 @@ class _Bridge:
 
     def _dataset(self, known: _Known, run: RunConfig, result: Result) -> None:
         """Log the generated data by its digest: equal digests, equal tokens."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.entities import Dataset, DatasetInput
 
         made_from = {"task": run.task.model_dump(mode="json"), "seed": run.seed}
         dataset = Dataset(
@@ -738,8 +754,7 @@ class _Bridge:
             source=json.dumps(made_from),
             profile=json.dumps(run.data.model_dump()),
         )
-        tags = [InputTag("mlflow.data.context", "train, validation, test")]
-        self.client.log_inputs(known.run_id, [DatasetInput(dataset, tags)])
+        self.client.log_inputs(known.run_id, [DatasetInput(dataset, [])])
 
     def _belongs(self, known: _Known, record: SweepRecord | None) -> None:
         """Note which sweeps a run is part of; its parent is the first."""

@@ -8,16 +8,23 @@ The browser is Debian's or the one that CHROMIUM names; playwright downloads non
 import contextlib
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 from typing import Any
+from urllib import request
 
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+
+# MLflow opens its assistant over a quarter of the page on a first visit.
+_NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
 
 
 def executable() -> str | None:
@@ -40,7 +47,9 @@ def page(width: int = 1600, height: int = 1000) -> Iterator[Any]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable(), args=FLAGS)
         try:
-            yield browser.new_page(viewport={"width": width, "height": height})
+            opened = browser.new_page(viewport={"width": width, "height": height})
+            opened.add_init_script(_NO_ASSISTANT)
+            yield opened
         finally:
             browser.close()
 
@@ -50,6 +59,35 @@ def look(page: Any, url: str, text: str | None = None, seconds: float = 60) -> N
     page.goto(url, timeout=seconds * 1000)
     if text is not None:
         page.get_by_text(text).first.wait_for(timeout=seconds * 1000)
+
+
+@contextlib.contextmanager
+def server(
+    command: list[str], environment: dict[str, str], url: str, seconds: float = 60
+) -> Iterator[None]:
+    """Run MLflow's server while inside; it answers at `url` from the beginning."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + seconds
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{url}: the server has not come up: {command}")
+            time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with request.urlopen(f"{url}/health", timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 def main(url: str, to: str, text: str | None = None) -> None:
