@@ -7,7 +7,6 @@
       model.pt         the scored weights
       result.json      written last: a run with a result is done
       failure.json     why the last attempt ended without one
-      mlflow.json      what MLflow has been told so far
     runs/sweeps/<id>.json    which runs a sweep is made of
 
 Whole files are replaced atomically. What turns out broken is set aside under a name of its own and

@@ -471,7 +471,7 @@ class _Bridge:
 
     def explain(self, error: Exception) -> str:
         """Put into one sentence why MLflow is not up to date, and what helps."""
-        later = f"the runs are safe in {self.out}, and `mad-efla sync` brings MLflow up to date"
+        later = f"the runs are safe in {self.out}; `mad-efla sync` brings MLflow up to date later"
         where = _without_password(self.uri)
         text = next(iter(str(error).splitlines()), "") or type(error).__name__
         if isinstance(error, _Problem):

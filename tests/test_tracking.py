@@ -191,6 +191,17 @@ def test_the_accuracy_is_logged_first(uri, client):
     assert next(iter(shown(client)[run.fingerprint].data.metrics)) == tracking.PRIMARY
 
 
+def test_a_running_run_is_shown_from_its_first_accuracy_on(uri, client):
+    run = tiny()
+    folder = begun(run, 10)
+    with folder.lock():
+        tracking.sync(uri, OUT)
+        assert not shown(client)[run.fingerprint].data.metrics
+        folder.append(rows(20))
+        tracking.sync(uri, OUT)
+    assert next(iter(shown(client)[run.fingerprint].data.metrics)) == "val/token_accuracy"
+
+
 def test_a_diverged_run_has_no_score_and_nothing_infinite(uri, client):
     run = tiny()
     folder = begun(run, 10)
@@ -559,9 +570,8 @@ def test_the_page_shows_cells_best_first_and_their_charts(uri, executed, closed_
     [(command, environment)] = executed
     address = f"http://127.0.0.1:{closed_port}"
     with browser.server(command, environment, address), browser.page() as page:
-        browser.look(page, said[0].splitlines()[0], "test (3)")
-        names = page.get_by_text("baseline seed").all_inner_texts()
-        assert list(dict.fromkeys(names)) == [
-            f"efla(heads=2) baseline seed {seed}" for seed in (1, 2, 0)
-        ]
-        page.get_by_text("train (2)").wait_for()
+        browser.look(page, said[0].splitlines()[0], "total/diverged")
+        page.get_by_text("3 matching runs").wait_for()
+        names = page.get_by_role("link", name="baseline seed").all_inner_texts()
+        assert names == [f"efla(heads=2) baseline seed {seed}" for seed in (1, 2, 0)]
+        page.get_by_text("test/token_accuracy", exact=True).first.wait_for()
