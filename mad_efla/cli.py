@@ -151,9 +151,9 @@ def _sweep(
     store.ensure_writable(out)
     err = display.stderr()
     runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
-    done, notes = store.finished(out, [r.fingerprint for r in runs])
-    for note in notes:
+    for note in store.mend(out, [r.fingerprint for r in runs]):
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    done = store.finished(out, [r.fingerprint for r in runs])
     records = [_record(s, out) for s in sweeps]
     interrupted = False
     with contextlib.ExitStack() as stack:
@@ -205,7 +205,7 @@ def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
 
     console, err, failed = display.stdout(), display.stderr(), False
     for found in sweeps:
-        results, _ = store.finished(out, [r.fingerprint for r in found.runs])
+        results = store.finished(out, [r.fingerprint for r in found.runs])
         lines = scores.table(found.runs, results)
         title = f"{found.task}, plan {found.plan}, protocol {found.protocol}"
         if lines:
@@ -264,6 +264,40 @@ def sync(out: Path, tracking_uri: str | None) -> None:
         click.echo(f"error: {report.problem}", err=True)
         sys.exit(1)
     click.echo(f"{report.runs} runs are up to date")
+
+
+@cli.group()
+def bench() -> None:
+    """Measure this machine, side by side in one process."""
+
+
+@bench.command("step")
+@click.argument("task")
+@_options(
+    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="Where to train.",
+    ),
+    click.option("--rounds", type=click.IntRange(4), default=10, show_default=True),
+)  # fmt: skip
+@_says_errors
+def bench_step(
+    task: str, plan: str, assignments: tuple[str, ...], device: str, rounds: int
+) -> None:
+    """Time a training step of each mixer and setting of a plan on TASK, on one thread.
+
+    \b
+    mad-efla bench step recall --set "mixers=[attention, efla, deltanet, mamba2]"
+    """
+    from mad_efla import bench, display, execute, sweep
+
+    device = execute.resolve_device(device)
+    found = sweep.expand(task, plan, assignments, execute.resolve_precision(device))
+    shapes = {(r.setting, r.mixer): r for r in reversed(found.runs)}
+    times = bench.steps(list(reversed(shapes.values())), device, rounds)
+    display.stdout().print(display.step_times(times))
 
 
 @cli.command("list")

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from mad_efla.bench import StepTime
 from mad_efla.execute import Event
 from mad_efla.run import RunConfig
 from mad_efla.scores import Interval, Line
@@ -209,6 +210,22 @@ def runs(found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict) -> 
         values = [str(column[index]) for column in columns.values()]
         parameters, state = sizes[run.fingerprint]
         table.add_row(run.fingerprint, *values, str(run.steps), f"{parameters:,}", f"{state:,}")
+    return table
+
+
+def step_times(times: list[StepTime]) -> Table:
+    """Draw the times of training steps, with their ratio to the first of each setting."""
+    table = Table("setting", "mixer")
+    for heading in ("ms per step", "spread", "tokens per second", "ratio to the first"):
+        table.add_column(heading, justify="right")
+    first: dict[str, float] = {}
+    for run, seconds, spread in times:
+        reference = first.setdefault(run.setting, seconds)
+        tokens = run.train.batch_size * run.task.input_length
+        table.add_row(
+            run.setting, run.mixer, f"{1e3 * seconds:.0f}", f"{100 * spread:.0f} %",
+            f"{tokens / seconds:,.0f}", f"{seconds / reference:.2f}",
+        )  # fmt: skip
     return table
 
 

@@ -39,7 +39,7 @@ def estimate(runs: list[RunConfig], out: Path, sizes: dict[str, tuple[int, int]]
         out: The folder of run folders.
         sizes: Parameters and state size by fingerprint.
     """
-    results, _ = store.finished(out, [r.fingerprint for r in runs])
+    results = store.finished(out, [r.fingerprint for r in runs])
     spent: dict[str, tuple[float, int]] = {}
     for run in runs:
         result = results.get(run.fingerprint)

@@ -260,21 +260,24 @@ class RunFolder:
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Read the newest checkpoint that is whole, and cut the metrics back to it."""
-        state = None
-        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-            path = self.path / name
-            if not path.exists():
-                continue
-            raw = path.read_bytes()
-            if hashlib.sha256(raw[32:]).digest() == raw[:32]:
-                state = torch.load(io.BytesIO(raw[32:]), weights_only=True, map_location="cpu")
-                break
-            self._set_aside(path, "is broken; the run goes on from before it")
+        raw = self.whole_checkpoint()
+        state = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu") if raw else None
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
             with metrics.open("r+b") as file:
                 file.truncate(state["metrics_bytes"] if state else 0)
         return state
+
+    def whole_checkpoint(self) -> bytes | None:
+        """Read the newest checkpoint whose checksum is right; set broken ones aside."""
+        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+            path = self.path / name
+            if path.exists():
+                raw = path.read_bytes()
+                if hashlib.sha256(raw[32:]).digest() == raw[:32]:
+                    return raw[32:]
+                self._set_aside(path, "is broken; the run goes on from before it")
+        return None
 
     def save_model(self, weights: dict[str, torch.Tensor]) -> None:
         """Write the scored weights."""
@@ -287,20 +290,23 @@ class RunFolder:
         return torch.load(self.path / "model.pt", weights_only=True, map_location="cpu")
 
 
-def finished(out: Path, fingerprints: list[str]) -> tuple[dict[str, Result], list[str]]:
-    """Read the results there are.
+def finished(out: Path, fingerprints: list[str]) -> dict[str, Result]:
+    """Read the results there are, by fingerprint."""
+    found = {f: RunFolder(out, f).result() for f in fingerprints}
+    return {f: result for f, result in found.items() if result}
 
-    Returns:
-        Results by fingerprint, and notes about broken ones that were set aside.
-    """
-    results, notes = {}, []
+
+def mend(out: Path, fingerprints: list[str]) -> list[str]:
+    """Set aside what is broken in the folders of runs; return what was found, for the user."""
+    notes = []
     for fingerprint in fingerprints:
         folder = RunFolder(out, fingerprint)
-        result = folder.result()
-        if result:
-            results[fingerprint] = result
+        if folder.path.exists() and folder.result() is None:
+            with folder.lock() as free:
+                if free:
+                    folder.whole_checkpoint()
         notes += folder.notes
-    return results, notes
+    return notes
 
 
 # ------------------------------------------------------------------ sweeps

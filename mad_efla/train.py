@@ -60,7 +60,7 @@ def train(
     Raises:
         Interrupted: `stop` returned true.
     """
-    loop = _Loop(run, folder, torch.device(device))
+    loop = Loop(run, folder, torch.device(device))
     status, stopped = "finished", None
     try:
         stopped = loop.steps(stop)
@@ -108,8 +108,14 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class _Loop:
-    """The state of a run in training."""
+class Loop:
+    """The state of a run in training.
+
+    Args:
+        run: What to train.
+        folder: Where it writes, and goes on from if it holds a checkpoint.
+        device: Where data and model live.
+    """
 
     def __init__(self, run: RunConfig, folder: RunFolder, device: torch.device):
         self._begun = self._saved = time.perf_counter()
@@ -142,7 +148,7 @@ class _Loop:
     def steps(self, stop: Callable[[], bool]) -> str | None:
         """Train to the end of the budget; return why it ended earlier, if it did."""
         while self.step < self.run.steps and self.stopped is None:
-            self._train_step()
+            self.train_step()
             if len(self.losses) == LOG_EVERY or self._evaluation_due():
                 self._log_training()
             if self._evaluation_due():
@@ -166,7 +172,8 @@ class _Loop:
         self.folder.save_model({k: v.cpu() for k, v in self.model.state_dict().items()})
         return test, validation
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
+        """Make one optimiser step."""
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.run.optim, self.step, self.run.steps)

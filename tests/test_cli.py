@@ -84,6 +84,37 @@ def test_a_broken_result_is_said_and_made_again(files):
     assert folder.result().test == whole.test
 
 
+def test_a_broken_checkpoint_is_said_and_the_run_made_again(files, monkeypatch):
+    call(*SWEEP)
+    folder = folders(files)[0]
+    whole = folder.result()
+    (folder.path / "result.json").unlink()
+    (folder.path / "checkpoint.pt").write_bytes(b"half")
+    done = call(*SWEEP)
+    assert "checkpoint.pt: is broken; the run goes on from before it; set aside as" in done.stderr
+    assert folder.result().test == whole.test
+
+
+def test_a_server_that_does_not_answer_costs_a_warning(files):
+    done = call(
+        *SWEEP[:-1],
+        "--tracking-uri",
+        "http://127.0.0.1:9",
+        "--set",
+        "mixers=[{name: efla, heads: 2}]",
+    )
+    assert "warning: MLflow at http://127.0.0.1:9 does not answer" in done.stderr
+    assert "mad-efla sync" in done.stderr
+    assert all(f.status() == "finished" for f in folders(files))
+    failed = call("sync", "--tracking-uri", "http://127.0.0.1:9", code=1)
+    assert "does not answer" in failed.stderr
+
+
+def test_cuda_without_cuda_is_status_2(files, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "sees no CUDA device" in call(*SWEEP, "--device", "cuda", code=2).stderr
+
+
 def test_a_failed_run_is_shown_with_its_traceback_and_status_1(files, monkeypatch):
     (files / "mine.py").write_text(
         "from mad_efla.mixers.efla import EFLA\n"
@@ -191,3 +222,12 @@ def test_the_mixer_of_contributing_md_runs(files, monkeypatch):
     done = call(*SWEEP, "--set", "mixers=['decay:Decay']")
     assert "decay:Decay" in done.stdout
     sys.modules.pop("decay")
+
+
+def test_bench_shows_a_ratio_for_each_mixer(files):
+    done = call("bench", "step", "task.yaml", "--plan", "plan.yaml", "--rounds", "4")
+    assert "ratio to the first" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if "heads=2" in line]
+    assert len(rows) == 2
+    assert rows[0].split("│")[-2].strip() == "1.00"
+    assert not (files / "runs").exists()

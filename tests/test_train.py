@@ -88,9 +88,9 @@ def test_the_chosen_weights_are_the_best_on_validation(tmp_path):
 
 def test_the_test_split_is_looked_at_once_unless_the_protocol_says_otherwise(tmp_path, monkeypatch):
     looked = []
-    scores = train._Loop._scores
+    scores = train.Loop._scores
     monkeypatch.setattr(
-        train._Loop, "_scores", lambda self, split: looked.append(split) or scores(self, split)
+        train.Loop, "_scores", lambda self, split: looked.append(split) or scores(self, split)
     )
     run = tiny()
     finish(run, folder_of(run, tmp_path))
@@ -134,7 +134,7 @@ def test_answers_are_the_only_targets_unless_the_sequence_is_asked_for(tmp_path)
     losses = []
     for loss in ("answers", "sequence"):
         run = tiny(train__loss=loss)
-        loop = train._Loop(run, folder_of(run, tmp_path), torch.device("cpu"))
+        loop = train.Loop(run, folder_of(run, tmp_path), torch.device("cpu"))
         losses.append((loop.splits["train"][1] >= 0).float().mean().item())
     assert 0.2 < losses[0] < 0.5
     assert losses[1] == 1.0
@@ -174,7 +174,7 @@ def test_warm_up_rises_to_the_peak():
 def test_the_rate_that_is_logged_is_the_rate_that_ran(tmp_path):
     run = tiny(optim__schedule="cosine")
     folder = folder_of(run, tmp_path)
-    loop = train._Loop(run, folder, torch.device("cpu"))
+    loop = train.Loop(run, folder, torch.device("cpu"))
     seen = []
     step = loop.optimizer.step
     loop.optimizer.step = lambda: (seen.append(loop.optimizer.param_groups[0]["lr"]), step())
