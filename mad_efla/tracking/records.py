@@ -1,0 +1,232 @@
+"""What MLflow is told of a run and of a sweep: parameters, numbers, tags, names, tables, notes.
+
+Every field is a parameter, constants too: whoever reads a run, or searches for one, expects it
+whole. The versions of code and task, which nobody compares runs by, are tags.
+
+Names follow from what MLflow's page does with them. Sections of charts are sorted by the prefix of
+the metric, so what matters less than `test/` has a prefix that comes later. Parallel coordinates
+open on the first three parameters in which runs differ, so the mixer's own fields, which another
+mixer does not have, are `token_mixer.*` and come behind `optim.lr`, `seed` and `setting`.
+"""
+
+import csv
+import getpass
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from mad_efla import scores
+from mad_efla.run import RunConfig
+from mad_efla.store import Result, Row, Status, SweepRecord
+
+PRIMARY = "test/token_accuracy"
+ACCURACIES = (PRIMARY, "val/token_accuracy")
+MLFLOW_STATUS: dict[Status, str] = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "diverged": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+}
+_SCORES = ("token_accuracy", "macro_accuracy", "loss")
+_NUMBERS = ("steps_to_90", "steps", "seconds", "parameters", "state_size")
+
+
+class Point(NamedTuple):
+    """One value of a metric; the time is in milliseconds since the epoch."""
+
+    name: str
+    value: float
+    time: int
+    step: int
+
+
+# ------------------------------------------------------------------ a run
+
+
+def parameters(run: RunConfig) -> dict[str, str]:
+    """Return every field of a run by a name that MLflow takes: `optim.lr`, `token_mixer.heads`."""
+    flat: dict[str, Any] = {"mixer": run.mixer, "setting": run.setting, "seed": run.seed}
+    for section in ("task", "data", "model", "optim", "train"):
+        for key, value in getattr(run, section).model_dump().items():
+            flat[f"{section}.{key}"] = value
+    flat["optim.lr_log10"] = round(math.log10(run.optim.lr), 6)
+    alike = all(m == run.mixers[0] for m in run.mixers)
+    for index, mixer in enumerate(run.mixers[:1] if alike else run.mixers):
+        for key, value in mixer.model_dump().items():
+            flat[f"token_mixer.{key}" if alike else f"token_mixer.{index}.{key}"] = value
+    return {re.sub(r"[^\w./: -]", "_", key): str(value) for key, value in flat.items()}
+
+
+def summary(result: Result) -> dict[str, float]:
+    """Return a result's numbers, the primary score first; a run that diverged has no scores."""
+    found: dict[str, float | None] = {}
+    if result.test:
+        found = {f"test/{name}": getattr(result.test, name) for name in _SCORES}
+    if result.validation:
+        found |= {f"val_chosen/{name}": getattr(result.validation, name) for name in _SCORES}
+    for name in _NUMBERS:
+        found[f"total/{name}"] = getattr(result, name)
+    found["total/diverged"] = float(result.status == "diverged")
+    return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
+
+
+def points(rows: Iterable[Row], result: Result | None) -> list[Point]:
+    """Return every value there is of a run: its result's numbers, then its curves."""
+    found = [Point(k, v, result.ended, 0) for k, v in summary(result).items()] if result else []
+    return found + [Point(k, v, row.time, row.step) for row in rows for k, v in row.metrics.items()]
+
+
+def cell_tags(run: RunConfig) -> dict[str, str]:
+    tags = {
+        "mad.role": "cell",
+        "mad.fingerprint": run.fingerprint,
+        "mad.protocol": run.protocol,
+        "mad.mixer": run.mixer,
+        "mad.task": run.task.name,
+        "mad.setting": run.setting,
+        "mad.seed": str(run.seed),
+        "mad.task_version": str(run.task_version),
+        "mad.numbers": str(run.numbers),
+    }
+    return tags | _source()
+
+
+def _source() -> dict[str, str]:
+    """Fill the columns that MLflow's own clients fill."""
+    return {
+        "mlflow.user": _user(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": "mad-efla",
+    }
+
+
+def result_tags(result: Result) -> dict[str, str]:
+    tags = {f"mad.env.{name}": value for name, value in result.environment.items()}
+    commit = result.environment.get("git_commit", "").removesuffix("+")
+    if re.fullmatch(r"[0-9a-f]{40}", commit):
+        tags["mlflow.source.git.commit"] = commit
+    tags["mad.data_digest"] = result.data_digest
+    for name in ("stopped", "chosen_step"):
+        if getattr(result, name) is not None:
+            tags[f"mad.{name}"] = str(getattr(result, name))
+    return tags
+
+
+def names(runs: list[RunConfig]) -> dict[str, str]:
+    """Name runs by mixer, setting, the fields in which equally named ones differ, and seed."""
+    flat = {r.fingerprint: parameters(r) for r in runs}
+    alike: dict[tuple[str, str], list[RunConfig]] = {}
+    for run in runs:
+        alike.setdefault((run.mixer, run.setting), []).append(run)
+    named = {}
+    for (mixer, setting), group in alike.items():
+        first = flat[group[0].fingerprint]
+        varied = [
+            key
+            for key in first
+            if key not in ("seed", "optim.lr_log10")
+            and any(flat[r.fingerprint][key] != first[key] for r in group)
+        ]
+        for run in group:
+            point = [f"{k.split('.')[-1]}={flat[run.fingerprint][k]}" for k in varied]
+            named[run.fingerprint] = " ".join([mixer, setting, *point, f"seed {run.seed}"])
+    return named
+
+
+# ------------------------------------------------------------------ a sweep
+
+
+def sweep_tags(record: SweepRecord) -> dict[str, str]:
+    """Return what a sweep is found by."""
+    tags = {
+        "mad.role": "sweep",
+        "mad.sweep": record.id,
+        "mad.protocol": record.protocol,
+        "mad.task": record.task,
+        "mad.plan": record.plan,
+        "mad.command": record.command,
+    }
+    return tags | _source()
+
+
+def sweep_status(statuses: Counter[Status], *, live: bool) -> str:
+    """Return a sweep's status in MLflow, from how many of its runs stand how."""
+    if live or statuses["running"]:
+        return "RUNNING"
+    if statuses["waiting"] + statuses["interrupted"]:
+        return "KILLED"
+    return "FAILED" if statuses["failed"] else "FINISHED"
+
+
+def counts(statuses: Counter[Status]) -> str:
+    """Say how many runs stand how: `1 failed, 3 finished`."""
+    return ", ".join(f"{n} {name}" for name, n in sorted(statuses.items()))
+
+
+def sweep_note(record: SweepRecord, statuses: Counter[Status], rows: list[list[str]]) -> str:
+    """Write a sweep's page: its counts, its leaderboard, and the command that made it."""
+    table = [HEADER, ["---"] * len(HEADER), *rows]
+    columns = [HEADER.index(c) for c in _NOTED]
+    lines = "\n".join("| " + " | ".join(row[c] for c in columns) + " |" for row in table)
+    return f"Protocol {record.protocol}: {counts(statuses)}.\n\n{lines}\n\n`{record.command}`"
+
+
+HEADER = (
+    "setting", "mixer", "grid point", "seeds", "accuracy", "low", "high", "macro accuracy", "loss",
+    "parameters", "state size", "steps to 90 %", "seconds", "missing",
+)  # fmt: skip
+# The columns that fit beside MLflow's own.
+_NOTED = ("setting", "mixer", "grid point", "seeds", "accuracy", "low", "high", "loss", "missing")
+
+
+def leaderboard(lines: list[scores.Line]) -> list[list[str]]:
+    """Return the rows of a sweep's table, as text, below `HEADER`."""
+    rows = []
+    for line in lines:
+        point = ", ".join(f"{k.split('.')[-1]}={v}" for k, v in line.point.items())
+        low_high = line.accuracy or (None, None, None)
+        numbers = (*low_high, line.macro_accuracy, line.loss)
+        figures = ["" if n is None else f"{n:.4f}" for n in numbers]
+        steps = "" if line.steps_to_90 is None else f"{line.steps_to_90:g}"
+        rows.append(
+            [line.setting, line.mixer, point, str(line.seeds), *figures, str(line.parameters),
+             str(line.state_size), steps, f"{line.seconds:.1f}", line.missing]
+        )  # fmt: skip
+    return rows
+
+
+def leaderboard_csv(rows: list[list[str]]) -> str:
+    """Write all columns of a leaderboard."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([HEADER, *rows])
+    return text.getvalue()
+
+
+# ------------------------------------------------------------------ an experiment
+
+
+EXPERIMENT_NOTE = """\
+Runs of the task **{task}**, mirrored by mad-efla from its run folders.
+
+A *sweep* is a parent run; its *cells* (tag `mad.role` = `cell`) are one training run each.
+
+| metric | meaning |
+|---|---|
+| `test/token_accuracy` | the score: right answers on the test split, in [0, 1] |
+| `test/macro_accuracy` | the same, averaged over the answers' classes |
+| `test/loss` | nats per scored token |
+| `total/steps_to_90` | first evaluated step with validation accuracy of at least 0.9 |
+| `total/state_size` | numbers the mixers carry from token to token |
+| `total/diverged` | 1 where the loss stopped being finite |
+| `train/...`, `val/...` | curves over steps |
+| `val_chosen/...` | the validation split under the weights that were scored |
+
+Scores of different protocols (tag `mad.protocol`) are not comparable.
+"""
+
+
+# ------------------------------------------------------------------ who and how
