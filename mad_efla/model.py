@@ -1,10 +1,13 @@
-"""The backbone: what stands around the mixers. It takes mixers built, and names none.
+"""The backbones: what stands around the mixers. They take mixers built, and name none.
 
-    x = embed(tokens);  x = x + mixer(norm(x));  x = x + channel(norm(x));  ...;  head(norm(x))
+    stack:          x = embed(tokens);  x = x + mixer(norm(x));  x = x + channel(norm(x));  ...
+    language model: logits = head(norm(x))
+    autoencoder:    logits_t = head(norm(decoder(x_L + position_t))), from the last vector alone
 
-Source: Poli et al. 2024, arXiv 2403.17844, appendix B: no positions, no dropout, RMSNorm, embedding
-N(0, 0.02), untied head with a bias that starts at zero. Departure: only what belongs to the
-backbone is initialised here; a mixer keeps its own initialisation.
+Source: Poli et al. 2024, arXiv 2403.17844, appendix B: no positions in the stack, no dropout,
+RMSNorm, embedding N(0, 0.02), untied head with a bias that starts at zero. Departure: only what
+belongs to the backbone is initialised here; a mixer keeps its own initialisation (the reference
+code's autoencoder draws all weights anew, and zeroes the biases that mixers start from).
 """
 
 import torch
@@ -52,8 +55,8 @@ class MLP(nn.Module):
 CHANNELS = {"swiglu": SwiGLU, "mlp": MLP}
 
 
-class LanguageModel(nn.Module):
-    """Tokens in, logits out.
+class Stack(nn.Module):
+    """Embedding and residual layers: a mixer and a channel mixer, again and again.
 
     Args:
         vocabulary: Number of token ids V.
@@ -64,33 +67,108 @@ class LanguageModel(nn.Module):
     def __init__(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, config.width)
+        nn.init.normal_(self.embed.weight, std=0.02)
         layers: list[nn.Module] = []
         for mixer in mixers:
             layers.append(mixer)
             if config.channel != "none":
                 layers.append(CHANNELS[config.channel](config.width))
         self.layers = nn.ModuleList(layers)
-        norms = (RMSNorm(config.width, eps=config.norm_eps) for _ in layers)
-        self.norms = nn.ModuleList(norms)
-        self.final_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.norms = nn.ModuleList(RMSNorm(config.width, eps=config.norm_eps) for _ in layers)
+
+    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Return the residual stream after the last layer."""
+        x = self.embed(tokens)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x))
+        return x
+
+
+class Backbone(nn.Module):
+    """What both backbones are: a stack, and logits at every position or at the scored ones.
+
+    Args:
+        vocabulary: Number of token ids V.
+        mixers: One mixer per pair of layers.
+        config: Width, channel mixer and norm.
+    """
+
+    def __init__(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig):
+        super().__init__()
+        self.stack = Stack(vocabulary, mixers, config)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, vocabulary)
-        nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        """The mixers, first layer first."""
+        return [layer for layer in self.stack.layers if isinstance(layer, Mixer)]
 
     def forward(
         self, tokens: Int[Tensor, "B L"], scored: Bool[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "... V"]:
         """Return logits at every position, or as `[n, V]` at the scored ones only."""
-        x = self.embed(tokens)
-        for norm, layer in zip(self.norms, self.layers, strict=True):
-            x = x + layer(norm(x))
+        x = self.positions(self.stack(tokens))
         if scored is not None:
             x = x[scored]
-        return self.head(self.final_norm(x))
+        return self.head(self.norm(self.decode(x)))
+
+    def positions(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """Return what each position's answer is read from."""
+        return x
+
+    def decode(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
+        """Turn what an answer is read from into what the head takes."""
+        return x
 
 
-def build(run: RunConfig) -> LanguageModel:
-    """Build a run's model, initialised from the run's seed alone.
+class LanguageModel(Backbone):
+    """Every position answers from its own vector."""
+
+
+class AutoEncoder(Backbone):
+    """Every position answers from the last vector and its own number.
+
+    The decoder is a plain MLP, without residual, that sees one position alone: whatever is known
+    about the sequence went through one vector of width D.
+    """
+
+    def __init__(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig):
+        super().__init__(vocabulary, mixers, config)
+        D, eps = config.width, config.norm_eps
+        self.decoder = nn.Sequential(
+            RMSNorm(D, eps=eps), nn.Linear(D, D), nn.GELU(),
+            RMSNorm(D, eps=eps), nn.Linear(D, D), nn.GELU(),
+        )  # fmt: skip
+        for linear in (*self.decoder, self.head):
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
+
+    def positions(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """Return the last vector, plus the number of each position as sines and cosines."""
+        L, D = x.shape[1:]
+        return x[:, -1:] + _sines(L, D, x.device).to(x.dtype)
+
+    def decode(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
+        """Decode each position alone."""
+        return self.decoder(x)
+
+
+BACKBONES: dict[str, type[Backbone]] = {"language_model": LanguageModel, "autoencoder": AutoEncoder}
+
+
+def _sines(L: int, D: int, device: torch.device) -> Float[Tensor, "L D"]:
+    """Write positions as sines, then cosines, of D/2 wavelengths from 2 pi to 20,000 pi."""
+    half = D // 2
+    rates = 10_000.0 ** -(torch.arange(half, device=device) / max(half - 1, 1))
+    angles = torch.arange(L, device=device)[:, None] * rates
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, D - 2 * half))
+
+
+def build(run: RunConfig) -> Backbone:
+    """Build the model that a run's task asks for, initialised from the run's seed alone.
 
     Raises:
         ConfigError: The mixers do not fit the width.
@@ -101,18 +179,18 @@ def build(run: RunConfig) -> LanguageModel:
             mixers = [plugins.mixer(m.name)(run.model.width, m) for m in run.mixers]
         except ValueError as error:
             raise ConfigError(f"mixer {run.mixer}: {error}") from error
-        return LanguageModel(run.task.vocabulary, mixers, run.model)
+        return BACKBONES[run.task.backbone](run.task.vocabulary, mixers, run.model)
 
 
-def check(run: RunConfig) -> LanguageModel:
+def check(run: RunConfig) -> Backbone:
     """Build a run's model without memory, to find out whether it can be built and how big it is."""
     with torch.device("meta"):
         return build(run)
 
 
-def state_size(model: LanguageModel, seq_len: int) -> int:
+def state_size(model: Backbone, seq_len: int) -> int:
     """Count the numbers all mixers carry between tokens, after `seq_len` of them."""
-    return sum(m.state_size(seq_len) for m in model.layers if isinstance(m, Mixer))
+    return sum(m.state_size(seq_len) for m in model.mixers)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from mad_efla import config, model, sweep, train
-from mad_efla.metrics import Tally
+from mad_efla import model, sweep, train
 from mad_efla.run import OptimConfig
 from mad_efla.store import RunFolder
 from mad_efla.train import Interrupted, learning_rate
@@ -184,61 +183,3 @@ def test_the_rate_that_is_logged_is_the_rate_that_ran(tmp_path):
         r.metrics["train/learning_rate"] for r in folder.rows()[0] if "train/loss" in r.metrics
     ]
     assert logged == [seen[9], seen[19], seen[29]]
-
-
-# -------------------------------------------------------------------- model
-
-
-def test_published_initialisation_and_the_mixers_own():
-    run = tiny(mixers=["mamba2"], model__width=128, task__vocab_size=64)
-    built = model.build(run)
-    assert built.embed.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert built.head.bias.abs().max() == 0
-    mixer = built.layers[0]
-    steps = torch.nn.functional.softplus(mixer.dt_bias)
-    assert (steps > 0.9e-3).all()
-    assert (steps < 0.11).all()
-
-
-def test_building_leaves_the_global_generator_alone():
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    model.build(tiny())
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_scored_positions_give_the_logits_of_the_whole():
-    built = model.build(tiny())
-    tokens = torch.randint(0, 8, (4, 11))
-    scored = torch.rand(4, 11) > 0.5
-    torch.testing.assert_close(built(tokens, scored), built(tokens)[scored])
-
-
-def test_channels_can_be_chosen():
-    sizes = {c: model.parameter_count(model.check(tiny(model__channel=c))) for c in
-             ("none", "mlp", "swiglu")}  # fmt: skip
-    assert sizes["none"] < sizes["mlp"]
-    assert sizes["swiglu"] - sizes["none"] == 3 * 16 * 48 + 16
-
-
-def test_heads_that_do_not_fit_are_a_config_error():
-    with pytest.raises(config.ConfigError, match="heads=3 must divide"):
-        model.check(tiny(mixers=[{"name": "efla", "heads": 3}]))
-
-
-# ------------------------------------------------------------------ metrics
-
-
-def test_token_and_macro_accuracy_differ_as_the_reference_does():
-    tally = Tally(4, torch.device("cpu"))
-    # Always answers 0; half of the targets are 0, the others 1 and 2; 3 never occurs.
-    logits = torch.zeros(8, 4)
-    logits[:, 0] = 1
-    tally.add(logits[:4], torch.tensor([0, 0, 1, 2]))
-    tally.add(logits[4:], torch.tensor([0, 0, 1, 2]))
-    scores = tally.scores()
-    assert scores.token_accuracy == 0.5
-    assert scores.macro_accuracy == pytest.approx(1 / 3)
-    wanted = torch.tensor([0, 0, 1, 2] * 2)
-    assert scores.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, wanted).item())
