@@ -266,6 +266,32 @@ def sync(out: Path, tracking_uri: str | None) -> None:
     click.echo(f"{report.runs} runs are up to date")
 
 
+@cli.command()
+@click.argument("runs", type=click.Path(path_type=Path), default=OUT)
+@_options(
+    click.option("--json", "form", flag_value="json", help="Everything, as JSON."),
+    click.option("--csv", "form", flag_value="csv", help="One row per protocol, mixer, task."),
+    click.option("--latex", "form", flag_value="latex", help="A booktabs table."),
+)
+@_says_errors
+def score(runs: Path, form: str | None) -> None:
+    """Score the sweeps under RUNS: per mixer and task, with intervals and paired differences.
+
+    The grid point is chosen on validation and reported on test; protocols are never mixed.
+    """
+    from mad_efla import display, export, leaderboard
+
+    boards = leaderboard.leaderboards(*leaderboard.read(runs))
+    if form:
+        write = {"json": export.as_json, "csv": export.as_csv, "latex": export.as_latex}[form]
+        click.echo(write(boards), nl=False)
+        return
+    console = display.stdout()
+    for board in boards:
+        for table in display.leaderboard(board):
+            console.print(table)
+
+
 @cli.group()
 def bench() -> None:
     """Measure this machine, side by side in one process."""

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mad_efla.bench import StepTime
 from mad_efla.execute import Event
+from mad_efla.leaderboard import Leaderboard
 from mad_efla.run import RunConfig
 from mad_efla.scores import Interval, Line
 from mad_efla.store import RunFolder
@@ -211,6 +212,54 @@ def runs(found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict) -> 
         parameters, state = sizes[run.fingerprint]
         table.add_row(run.fingerprint, *values, str(run.steps), f"{parameters:,}", f"{state:,}")
     return table
+
+
+def leaderboard(board: Leaderboard) -> list[Table]:
+    """Draw the scores of one protocol: per task, over all tasks, and mixer against mixer."""
+    tasks = Table(title=f"protocol {board.protocol}: tasks", title_justify="left")
+    for heading in ("task", "mixer"):
+        tasks.add_column(heading, no_wrap=True)
+    for heading in ("accuracy %", "95 % interval", "of what can be known %", "best on test %",
+                    "settings"):  # fmt: skip
+        tasks.add_column(heading, justify="right")
+    tasks.add_column("not counted")
+    previous = None
+    for t in sorted(board.tasks, key=lambda t: (t.task, -(t.accuracy or (-1.0,))[0])):
+        if previous not in (None, t.task):
+            tasks.add_section()
+        name = "" if previous == t.task else t.task
+        previous = t.task
+        row = (_percent(t.accuracy), _interval(t.accuracy), _percent(t.of_ceiling),
+               _percent(t.best_on_test), str(t.settings), t.missing)  # fmt: skip
+        tasks.add_row(name, t.mixer, *row)
+    mixers = Table(title="mean over tasks", title_justify="left")
+    mixers.add_column("mixer", no_wrap=True)
+    for heading in ("score %", "95 % interval", "mean rank"):
+        mixers.add_column(heading, justify="right")
+    mixers.add_column("")
+    for m in board.mixers:
+        rank = "" if m.rank is None else f"{m.rank:.2f}"
+        state = "" if m.complete else "incomplete"
+        mixers.add_row(m.mixer, _percent(m.average), _interval(m.average), rank, state)
+    return [tasks, mixers, _differences(board)] if board.differences else [tasks, mixers]
+
+
+def _differences(board: Leaderboard) -> Table:
+    table = Table(title="same tasks, settings and seeds, paired", title_justify="left")
+    table.add_column("first minus second", no_wrap=True)
+    for heading in ("points", "95 % interval", "pairs", "Wilcoxon p", "corrected p"):
+        table.add_column(heading, justify="right")
+    for d in board.differences:
+        table.add_row(
+            f"{d.first} - {d.second}", f"{100 * d.mean.mean:+.2f}", _interval(d.mean),
+            str(d.pairs), f"{d.p:.3g}", f"{d.p_corrected:.3g}",
+        )  # fmt: skip
+    return table
+
+
+def _percent(value: Interval | float | None) -> str:
+    mean = value.mean if isinstance(value, Interval) else value
+    return "" if mean is None else f"{100 * mean:.2f}"
 
 
 def step_times(times: list[StepTime]) -> Table:

@@ -64,7 +64,7 @@ def table(runs: Iterable[RunConfig], results: dict[str, Result]) -> list[Line]:
     groups: dict[tuple[str, str], dict[str, list[RunConfig]]] = {}
     for run in runs:
         points = groups.setdefault((run.setting, run.mixer), {})
-        points.setdefault(_point_key(run), []).append(run)
+        points.setdefault(point_key(run), []).append(run)
     order = list(dict.fromkeys(setting for setting, _ in groups))
     lines = [_line(points, results) for points in groups.values()]
     lines = [line for line in lines if line is not None]
@@ -83,7 +83,7 @@ def interval(values: list[float], confidence: float = 0.95) -> Interval:
     return Interval(mean, max(mean - half, 0.0), min(mean + half, 1.0))
 
 
-def _point_key(run: RunConfig) -> str:
+def point_key(run: RunConfig) -> str:
     """Name what is left of a run without its seed: its point of the grid."""
     return canonical_json({k: v for k, v in run.model_dump().items() if k != "seed"})
 
@@ -96,7 +96,7 @@ def _line(points: dict[str, list[RunConfig]], results: dict[str, Result]) -> Lin
     done = {key: found for key, found in done.items() if found}
     if not done:
         return None
-    best = max(done, key=lambda key: _validation(done[key]))
+    best = max(done, key=lambda key: validation(done[key]))
     found, runs = done[best], points[best]
     good = [r for r in found if r.test is not None]
     everything = [r for runs in points.values() for r in runs]
@@ -116,7 +116,8 @@ def _line(points: dict[str, list[RunConfig]], results: dict[str, Result]) -> Lin
     )
 
 
-def _validation(found: list[Result]) -> float:
+def validation(found: list[Result]) -> float:
+    """Return the mean validation accuracy by which a grid point is chosen; divergence is zero."""
     return math.fsum(r.validation.token_accuracy if r.validation else 0.0 for r in found) / len(
         found
     )

@@ -52,6 +52,7 @@ class Result(Section):
         steps: Optimiser steps made.
         stopped: Why the run ended before its budget, if it did: divergence, or a solved task.
         steps_to_90: First evaluated step with validation token accuracy of at least 0.9.
+        ceiling: Share of scored test positions that can be answered at all, in [0, 1].
         parameters: Trained numbers.
         state_size: Numbers carried between tokens at the task's length, all layers.
         seconds: Wall time spent training and evaluating, all attempts.
@@ -70,6 +71,7 @@ class Result(Section):
     steps: int
     stopped: str | None
     steps_to_90: int | None
+    ceiling: float = 1.0
     parameters: int
     state_size: int
     seconds: float

@@ -1,6 +1,7 @@
 """A sweep: task files x a plan, expanded to runs. All or nothing, before the first run starts.
 
-Later wins: the task file, the plan's sections, the setting, the grid point, `--set`.
+Later wins: the task file, the plan's sections, the plan's fields for this task, the setting, the
+grid point, `--set`.
 """
 
 import itertools
@@ -26,6 +27,7 @@ class Plan(Section):
         mixers: Names, mappings with fields, or lists of them for hybrids.
         settings: `all` (the baseline and everything the task file varies), `baseline`, or per task
             a mapping of label to overrides.
+        per_task: By task name, fields that hold for this task only.
         grid: Field to values, cartesian.
         seeds: One run each.
     """
@@ -34,6 +36,7 @@ class Plan(Section):
     protocol: Protocol = "custom"
     mixers: list[Any] = Field(min_length=1)
     settings: Literal["all", "baseline"] | dict[str, dict[str, dict[str, Any]]] = "all"
+    per_task: dict[str, dict[str, Any]] = Field(default_factory=dict)
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     seeds: list[int] = Field(default=[0], min_length=1)
 
@@ -82,6 +85,9 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
     task_document = config.read(task_file)
     base = _base(task_document, plan_document)
     name = base.part("task").data.get("name")
+    if name in parsed.per_task:
+        place = plan_document.place(("per_task", name))
+        base = config.merge(base, config.from_paths(parsed.per_task[name], place))
     runs: dict[str, RunConfig] = {}
     for label, setting in _settings(parsed, plan_document, task_document, str(name)):
         for entry, point, seed in itertools.product(

@@ -231,3 +231,14 @@ def test_bench_shows_a_ratio_for_each_mixer(files):
     assert len(rows) == 2
     assert rows[0].split("│")[-2].strip() == "1.00"
     assert not (files / "runs").exists()
+
+
+def test_score_reads_what_the_sweep_left(files):
+    call(*SWEEP)
+    text = call("score").stdout
+    for part in ("protocol custom: tasks", "mean over tasks", "paired", "efla(heads=2)"):
+        assert part in text
+    assert json.loads(call("score", "runs", "--json").stdout)[0]["protocol"] == "custom"
+    assert call("score", "--csv").stdout == call("score", "--csv").stdout
+    assert r"\toprule" in call("score", "--latex").stdout
+    assert "holds no sweep" in call("score", "nowhere", code=2).stderr

@@ -49,6 +49,13 @@ def test_named_settings_override_anything(tmp_path):
     assert "settings has none for task 'recall'; did you mean 'recal'?" in message
 
 
+def test_fields_can_hold_for_one_task_only(tmp_path):
+    plan = PLAN + "per_task:\n  recall: {train.steps: 7}\n  other: {train.steps: 9}\n"
+    assert {r.steps for r in expand(tmp_path, plan).runs} == {7}
+    message = refused(tmp_path, plan=plan.replace("train.steps: 7", "task.no: 7"))
+    assert "plan.yaml:11: task.no: unknown key" in message
+
+
 def test_set_overrides_runs_plan_and_grid(tmp_path):
     plan = PLAN + "grid: {optim.lr: [1e-3, 1e-2]}\n"
     found = expand(tmp_path, plan, sets=["optim.lr=0.5", "seeds=[7]", "mixers=[efla]"])

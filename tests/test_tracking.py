@@ -1,15 +1,19 @@
 """What MLflow shows is what the run folders hold, however often it is told, and by whomever."""
 
+import contextlib
+import fcntl
 import json
 import logging
 import math
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import termios
 import time
 import warnings
 from pathlib import Path
@@ -20,6 +24,7 @@ from mad_efla import store, tracking
 from mad_efla.config import ConfigError
 from mad_efla.run import RunConfig
 from mad_efla.store import Result, Row, RunFolder, Scores, SweepRecord
+from mad_efla.tracking import guard, mirror, records, stores
 from tests import browser
 from tests.tiny import tiny
 
@@ -217,7 +222,7 @@ def test_a_diverged_run_has_no_score_and_nothing_infinite(uri, client):
 
 def test_names_hold_the_fields_in_which_cells_differ():
     runs = [tiny(optim__lr=lr, seed=seed) for lr in (0.1, 0.2) for seed in (0, 1)]
-    names = tracking._names([*runs, tiny(mixers=["deltanet"])])
+    names = records.names([*runs, tiny(mixers=["deltanet"])])
     assert list(names.values()) == [
         "efla(heads=2) baseline lr=0.1 seed 0",
         "efla(heads=2) baseline lr=0.1 seed 1",
@@ -229,7 +234,7 @@ def test_names_hold_the_fields_in_which_cells_differ():
 
 def test_a_pattern_of_mixers_is_told_apart_by_place():
     run = tiny(mixers=["efla", "attention"], model__depth=2)
-    found = tracking.parameters(run)
+    found = records.parameters(run)
     assert found["mixer"] == "efla+attention"
     assert (found["token_mixer.0.name"], found["token_mixer.1.name"]) == ("efla", "attention")
 
@@ -337,17 +342,17 @@ def test_a_deleted_experiment_is_said(uri, client):
 
 
 def test_a_mirror_leaves_everything_told(uri, client, monkeypatch):
-    monkeypatch.setattr(tracking, "LIVE_SECONDS", 0.01)
+    monkeypatch.setattr(mirror, "LIVE_SECONDS", 0.01)
     run = tiny()
     record = swept(run)
-    with tracking.Mirror(uri, OUT, record) as mirror, RunFolder(OUT, run.fingerprint).lock():
+    with tracking.Mirror(uri, OUT, record) as shadow, RunFolder(OUT, run.fingerprint).lock():
         folder = begun(run, 10, 20)
         while not client.get_experiment_by_name("recall") or not shown(client):
             pass  # until it has noticed, however long that takes
         assert shown(client, "sweep")[record.id].info.status == "RUNNING"
         folder.append(rows(30))
         folder.finish(result(run))
-    assert mirror.problem is None
+    assert shadow.problem is None
     cell = shown(client)[run.fingerprint]
     assert cell.info.status == shown(client, "sweep")[record.id].info.status == "FINISHED"
     history = client.get_metric_history(cell.info.run_id, "train/loss")
@@ -356,7 +361,7 @@ def test_a_mirror_leaves_everything_told(uri, client, monkeypatch):
 
 def test_a_sweep_between_two_runs_is_not_taken_for_killed(uri, client):
     record = swept(tiny())
-    with tracking._live(OUT, record.id):
+    with stores.live(OUT, record.id):
         tracking.sync(uri, OUT)
         assert shown(client, "sweep")[record.id].info.status == "RUNNING"
     tracking.sync(uri, OUT)
@@ -374,37 +379,152 @@ def test_a_server_that_does_not_answer_is_a_sentence_and_no_wait(template, close
     run = tiny()
     finished(run)
     begin = time.monotonic()
-    with tracking.Mirror(f"http://me:secret@127.0.0.1:{closed_port}", OUT, swept(run)) as mirror:
+    with tracking.Mirror(f"http://me:secret@127.0.0.1:{closed_port}", OUT, swept(run)) as shadow:
         pass
-    assert time.monotonic() - begin < tracking.CLOSE_SECONDS + 2
-    assert "does not answer" in str(mirror.problem)
-    assert "mad-efla sync" in str(mirror.problem)
-    assert "secret" not in str(mirror.problem)
+    assert time.monotonic() - begin < mirror.CLOSE_SECONDS + 2
+    assert "does not answer" in str(shadow.problem)
+    assert "mad-efla sync" in str(shadow.problem)
+    assert "secret" not in str(shadow.problem)
 
 
 def test_closing_does_not_wait_for_a_server_that_hangs(template, monkeypatch):
-    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         port = deaf.getsockname()[1]
         begin = time.monotonic()
-        with tracking.Mirror(f"http://127.0.0.1:{port}", OUT, swept(tiny())) as mirror:
+        with tracking.Mirror(f"http://127.0.0.1:{port}", OUT, swept(tiny())) as shadow:
             deaf.accept()[0].close()
         assert time.monotonic() - begin < 10
-    assert "not up to date yet" in str(mirror.problem)
-    mirror._thread.join()
+    assert "not up to date yet" in str(shadow.problem)
+    shadow._thread.join()
 
 
 def test_the_environment_and_loggers_are_left_as_they_were(uri, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     before, level = dict(os.environ), logging.getLogger("mlflow").level
     finished(tiny())
-    with tracking._mlflow_settings(), tracking._mlflow_settings():
+    with stores.mlflow_settings(), stores.mlflow_settings():
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
     tracking.sync(uri, OUT)
     assert dict(os.environ) == before
     assert logging.getLogger("mlflow").level == level
     assert capfd.readouterr() == ("", "")
+
+
+# ------------------------------------------------------------------ the guard
+
+
+def _drive(uri: str, record: SweepRecord) -> None:
+    """Be the driver of a sweep whose only run is in a worker, until killed."""
+    worker = multiprocessing.get_context("fork").Process(target=_work, args=record.fingerprints)
+    with tracking.Mirror(uri, OUT, record):
+        worker.start()
+        worker.join()
+
+
+def _work(fingerprint: str) -> None:
+    """Hold a run until the driver is dead, as workers do; then live on, until told to go."""
+    driver = os.getppid()
+    with RunFolder(OUT, fingerprint).lock():
+        while os.getppid() == driver and not Path("go").exists():
+            time.sleep(0.02)
+    while not Path("go").exists():
+        time.sleep(0.02)
+
+
+def _wait_for(client, status: str) -> None:
+    end = time.monotonic() + 60
+    while True:
+        if client.get_experiment_by_name("recall"):
+            found = [*shown(client).values(), *shown(client, "sweep").values()]
+            if len(found) == 2 and {r.info.status for r in found} == {status}:
+                return
+        assert time.monotonic() < end, f"{status} is not shown"
+        time.sleep(0.05)
+
+
+def test_a_driver_killed_by_sigkill_leaves_nothing_running(uri, tmp_path):
+    run = tiny()
+    begun(run, 10, 20)
+    context = multiprocessing.get_context("fork")  # MLflow need not be imported again
+    driver = context.Process(target=_drive, args=(uri, swept(run)))
+    driver.start()
+    from mlflow import MlflowClient
+
+    try:
+        _wait_for(MlflowClient(uri), "RUNNING")
+        driver.kill()
+        _wait_for(MlflowClient(uri), "KILLED")  # with the worker still there
+    finally:
+        driver.kill()
+        driver.join()
+        (tmp_path / "go").touch()
+
+
+def test_a_guard_tells_it_once_ignores_ctrl_c_and_ends(uri, client):
+    run = tiny()
+    begun(run, 10, 20)
+    record = swept(run)
+    with RunFolder(OUT, run.fingerprint).lock():
+        tracking.sync(uri, OUT)
+    standing = guard.Guard(uri, OUT, record.id).process
+    assert uri not in str(standing.args)  # it may hold a password
+    assert os.getsid(standing.pid) == standing.pid
+    assert standing.stdin
+    while any(fcntl.ioctl(standing.stdin, termios.FIONREAD, bytes(4))):
+        pass  # until it has read what it was told, and waits
+    standing.send_signal(signal.SIGINT)
+    standing.stdin.close()  # as the driver's death does
+    assert standing.wait(60) == 0
+    assert shown(client)[run.fingerprint].info.status == "KILLED"
+
+
+def test_a_guard_waits_until_workers_have_let_go(uri, client, monkeypatch):
+    run = tiny()
+    folder = begun(run, 10, 20)
+    record = swept(run)
+    with contextlib.ExitStack() as worker:
+        worker.enter_context(folder.lock())
+        tracking.sync(uri, OUT)
+        monkeypatch.setattr(guard.time, "sleep", lambda seconds: worker.close())
+        guard.synchronise(uri, OUT, record.id)
+    assert shown(client)[run.fingerprint].info.status == "KILLED"
+
+
+def test_a_guard_does_not_wait_for_ever(uri, client, monkeypatch):
+    monkeypatch.setattr(guard, "LOCK_SECONDS", 0.0)
+    run = tiny()
+    with begun(run, 10, 20).lock():
+        guard.synchronise(uri, OUT, swept(run).id)
+        assert shown(client)[run.fingerprint].info.status == "RUNNING"
+
+
+def test_a_clean_end_leaves_no_guard_and_nothing_for_it_to_do(uri, tmp_path):
+    with tracking.Mirror(uri, OUT, swept(tiny())) as shadow:
+        assert shadow.guard
+        assert shadow.guard.process.poll() is None
+    assert shadow.guard.process.returncode == 0
+    standing = guard.Guard(f"sqlite:///{tmp_path}/other.db", OUT, "s1")
+    standing.end()
+    assert standing.process.returncode == 0
+    assert not list(tmp_path.glob("*other.db*"))
+
+
+def test_a_guard_that_hangs_is_no_hindrance(uri, monkeypatch):
+    monkeypatch.setattr(guard, "_END_SECONDS", 0.1)
+    standing = guard.Guard(uri, OUT, "s1")
+    standing.process.send_signal(signal.SIGSTOP)
+    standing.end()
+    assert standing.process.returncode == -signal.SIGKILL
+
+
+def test_a_guard_that_stands_by_has_imported_nothing_heavy():
+    command = [sys.executable, "-P", "-X", "importtime", guard.__file__]
+    done = subprocess.run(command, input=b"{}\n.", capture_output=True, check=True)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.decode().splitlines()}
+    assert "subprocess" in imported
+    assert not {"mad_efla", "numpy", "torch", "mlflow", "pydantic"} & imported
 
 
 # ------------------------------------------------------------------ stores
@@ -507,7 +627,7 @@ def test_artifacts_are_beside_the_store(template, tmp_path):
 
 def test_a_store_that_another_process_holds_is_waited_for_within_the_time(uri):
     finished(tiny())
-    with tracking._Bridge(uri, OUT)._exclusive():
+    with stores.exclusive(uri, OUT, time.monotonic()):
         report = tracking.sync(uri, OUT, timeout_s=0.0)
     assert "the time was over" in str(report.problem)
 
