@@ -194,7 +194,8 @@ def _work(fingerprint: str, out: str, device: str, about: dict[str, str]) -> Non
     """Make one run in a worker; whatever goes wrong is in its folder."""
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    driver = os.getppid()
+    parent = multiprocessing.parent_process()
+    driver = parent.pid if parent else None  # not getppid: the driver may be dead by now
     folder = RunFolder(Path(out), fingerprint)
     with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
         _attempt(folder, device, about, lambda: bool(asked) or os.getppid() != driver)

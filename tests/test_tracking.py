@@ -417,16 +417,17 @@ def test_the_environment_and_loggers_are_left_as_they_were(uri, monkeypatch, cap
 
 def _drive(uri: str, record: SweepRecord) -> None:
     """Be the driver of a sweep whose only run is in a worker, until killed."""
-    worker = multiprocessing.get_context("fork").Process(target=_work, args=record.fingerprints)
+    about = (record.fingerprints[0], os.getpid())
+    worker = multiprocessing.get_context("spawn").Process(target=_work, args=about)
     with tracking.Mirror(uri, OUT, record):
         worker.start()
         worker.join()
 
 
-def _work(fingerprint: str) -> None:
+def _work(fingerprint: str, driver: int) -> None:
     """Hold a run until the driver is dead, as workers do; then live on, until told to go."""
-    driver = os.getppid()
     with RunFolder(OUT, fingerprint).lock():
+        Path("held").touch()
         while os.getppid() == driver and not Path("go").exists():
             time.sleep(0.02)
     while not Path("go").exists():
@@ -444,7 +445,8 @@ def _wait_for(client, status: str) -> None:
         time.sleep(0.05)
 
 
-def test_a_driver_killed_by_sigkill_leaves_nothing_running(uri, tmp_path):
+def test_a_driver_killed_by_sigkill_leaves_nothing_running(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "LIVE_SECONDS", 0.05)
     run = tiny()
     begun(run, 10, 20)
     context = multiprocessing.get_context("fork")  # MLflow need not be imported again
@@ -453,6 +455,8 @@ def test_a_driver_killed_by_sigkill_leaves_nothing_running(uri, tmp_path):
     from mlflow import MlflowClient
 
     try:
+        while not Path("held").exists():
+            assert driver.is_alive()
         _wait_for(MlflowClient(uri), "RUNNING")
         driver.kill()
         _wait_for(MlflowClient(uri), "KILLED")  # with the worker still there

@@ -44,9 +44,6 @@ class Point(NamedTuple):
     step: int
 
 
-# ------------------------------------------------------------------ a run
-
-
 def parameters(run: RunConfig) -> dict[str, str]:
     """Return every field of a run by a name that MLflow takes: `optim.lr`, `token_mixer.heads`."""
     flat: dict[str, Any] = {"mixer": run.mixer, "setting": run.setting, "seed": run.seed}
@@ -81,6 +78,7 @@ def points(rows: Iterable[Row], result: Result | None) -> list[Point]:
 
 
 def cell_tags(run: RunConfig) -> dict[str, str]:
+    """Return what a run is found by, and by whom and what it was made."""
     tags = {
         "mad.role": "cell",
         "mad.fingerprint": run.fingerprint,
@@ -95,16 +93,8 @@ def cell_tags(run: RunConfig) -> dict[str, str]:
     return tags | _source()
 
 
-def _source() -> dict[str, str]:
-    """Fill the columns that MLflow's own clients fill."""
-    return {
-        "mlflow.user": _user(),
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": "mad-efla",
-    }
-
-
 def result_tags(result: Result) -> dict[str, str]:
+    """Return how a run ended, and in which surroundings."""
     tags = {f"mad.env.{name}": value for name, value in result.environment.items()}
     commit = result.environment.get("git_commit", "").removesuffix("+")
     if re.fullmatch(r"[0-9a-f]{40}", commit):
@@ -113,6 +103,8 @@ def result_tags(result: Result) -> dict[str, str]:
     for name in ("stopped", "chosen_step"):
         if getattr(result, name) is not None:
             tags[f"mad.{name}"] = str(getattr(result, name))
+    if result.status == "diverged":
+        tags["mlflow.note.content"] = f"Diverged: {result.stopped}."
     return tags
 
 
@@ -135,9 +127,6 @@ def names(runs: list[RunConfig]) -> dict[str, str]:
             point = [f"{k.split('.')[-1]}={flat[run.fingerprint][k]}" for k in varied]
             named[run.fingerprint] = " ".join([mixer, setting, *point, f"seed {run.seed}"])
     return named
-
-
-# ------------------------------------------------------------------ a sweep
 
 
 def sweep_tags(record: SweepRecord) -> dict[str, str]:
@@ -165,6 +154,11 @@ def sweep_status(statuses: Counter[Status], *, live: bool) -> str:
 def counts(statuses: Counter[Status]) -> str:
     """Say how many runs stand how: `1 failed, 3 finished`."""
     return ", ".join(f"{n} {name}" for name, n in sorted(statuses.items()))
+
+
+def sweep_points(statuses: Counter[Status], time: int) -> list[Point]:
+    """Return how many runs of a sweep stand how, as metrics."""
+    return [Point(f"sweep/{name}", float(statuses[name]), time, 0) for name in MLFLOW_STATUS]
 
 
 def sweep_note(record: SweepRecord, statuses: Counter[Status], rows: list[list[str]]) -> str:
@@ -206,9 +200,6 @@ def leaderboard_csv(rows: list[list[str]]) -> str:
     return text.getvalue()
 
 
-# ------------------------------------------------------------------ an experiment
-
-
 EXPERIMENT_NOTE = """\
 Runs of the task **{task}**, mirrored by mad-efla from its run folders.
 
@@ -229,4 +220,17 @@ Scores of different protocols (tag `mad.protocol`) are not comparable.
 """
 
 
-# ------------------------------------------------------------------ who and how
+def _source() -> dict[str, str]:
+    """Fill the columns that MLflow's own clients fill."""
+    return {
+        "mlflow.user": _user(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": "mad-efla",
+    }
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in some containers
+        return "unknown"
