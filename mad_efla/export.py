@@ -81,8 +81,8 @@ def _percent(interval: Interval | None, best: float | None) -> str:
     return rf"{mean} {{\scriptsize [{low:.1f}, {high:.1f}]}}"
 
 
-def _three(interval: Interval | None) -> tuple[object, object, object]:
-    return tuple(interval) if interval else ("", "", "")
+def _three(interval: Interval | None) -> list[object]:
+    return list(interval) if interval else [""] * 3
 
 
 def _escape(text: str) -> str:

@@ -255,8 +255,12 @@ def _differences(mixers: list[str], cells: dict[Key, _Cell]) -> list[Difference]
             for seed in a.chosen.keys() & b.chosen.keys()
         ]
         if len(pairs) > 1:
-            p = float(stats.wilcoxon(pairs).pvalue) if any(pairs) else 1.0
-            found.append(Difference(first, second, _bootstrap(np.array(pairs)), len(pairs), p, p))
+            _, p = stats.wilcoxon(pairs) if any(pairs) else (0.0, 1.0)
+            found.append(
+                Difference(
+                    first, second, _bootstrap(np.array(pairs)), len(pairs), float(p), float(p)
+                )
+            )
     if not found:
         return []
     corrected = stats.false_discovery_control([d.p for d in found])
