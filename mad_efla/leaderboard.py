@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -255,16 +255,17 @@ def _differences(mixers: list[str], cells: dict[Key, _Cell]) -> list[Difference]
             for seed in a.chosen.keys() & b.chosen.keys()
         ]
         if len(pairs) > 1:
-            _, p = stats.wilcoxon(pairs) if any(pairs) else (0.0, 1.0)
-            found.append(
-                Difference(
-                    first, second, _bootstrap(np.array(pairs)), len(pairs), float(p), float(p)
-                )
-            )
+            p = _wilcoxon(pairs)
+            found.append(Difference(first, second, _bootstrap(np.array(pairs)), len(pairs), p, p))
     if not found:
         return []
     corrected = stats.false_discovery_control([d.p for d in found])
     return [d._replace(p_corrected=float(p)) for d, p in zip(found, corrected, strict=True)]
+
+
+def _wilcoxon(pairs: list[float]) -> float:
+    found: Any = stats.wilcoxon(pairs) if any(pairs) else None  # scipy refuses all zeros
+    return float(found.pvalue) if found else 1.0
 
 
 # ------------------------------------------------------------------ intervals
