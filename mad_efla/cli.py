@@ -326,6 +326,62 @@ def bench_step(
     display.stdout().print(display.step_times(times))
 
 
+@bench.command("data")
+@click.argument("tasks", nargs=-1)
+@_options(
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+    click.option("--rounds", type=click.IntRange(1), default=1, show_default=True),
+)  # fmt: skip
+@_says_errors
+def bench_data(tasks: tuple[str, ...], seed: int, rounds: int) -> None:
+    """Time the generation of every setting of TASKS (all shipped ones), on one core.
+
+    \b
+    mad-efla bench data recall fuzzy_recall --rounds 3
+    """
+    from mad_efla import bench, config, display, sweep
+
+    names = tasks or tuple(str(path) for path in config.presets("tasks"))
+    settings = [setting for task in names for setting in sweep.settings(task)]
+    display.stdout().print(bench.data_table(bench.data_times(settings, seed, rounds)))
+
+
+@cli.command()
+@click.argument("task")
+@_options(
+    click.option(
+        "--out", type=click.Path(path_type=Path, file_okay=False), required=True,
+        help="Folder to write to.",
+    ),
+    click.option(
+        "--setting", default="baseline", show_default=True, metavar="LABEL|N|all",
+        help="Which: its label, its number in the file (0 is the baseline), or all.",
+    ),
+    click.option(
+        "--split", type=click.Choice(["train", "validation", "test", "all"]), default="all",
+        show_default=True,
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+)  # fmt: skip
+@_says_errors
+def data(
+    task: str, out: Path, setting: str, split: str, seed: int, assignments: tuple[str, ...]
+) -> None:
+    """Write the data of TASK as .npz files, for use elsewhere.
+
+    \b
+    mad-efla data recall --out data --setting vocab_size=32 --split test
+    """
+    from mad_efla import data, sweep
+    from mad_efla.tasks import Split
+
+    splits: tuple[Split, ...] = tuple(s for s in data.SPLITS if split in (s, "all"))
+    for found in sweep.choose(sweep.settings(task, assignments), setting):
+        for path in data.save(out, found.task, seed, found.data, found.label, splits):
+            click.echo(path)
+
+
 @cli.command("list")
 @click.argument("kind", type=click.Choice(["tasks", "mixers", "plans"]))
 @_says_errors

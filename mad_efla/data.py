@@ -5,15 +5,20 @@ training set of 800 is the beginning of the one of 12,800, the test set is the s
 trained on, and memory and result do not depend on who generates what.
 """
 
+import contextlib
 import hashlib
+import os
+import re
 import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mad_efla.config import ConfigError
+from mad_efla.config import ConfigError, canonical_json
 from mad_efla.run import DataConfig
-from mad_efla.tasks import Examples, Split, Task
+from mad_efla.tasks import IGNORE, Examples, Split, Task
 
 BLOCK = 512
 SPLITS: tuple[Split, ...] = ("test", "validation", "train")  # a later split gives way to an earlier
@@ -58,6 +63,69 @@ def make(task: Task, seed: int, sizes: DataConfig | None = None) -> Data:
         taken |= {row.tobytes() for row in examples.inputs}
         splits[split] = examples
     return Data(**splits, digest=_digest(splits), world=world)
+
+
+def ceiling(task: Task, data: Data) -> float:
+    """Return the share of scored test positions that anything could answer.
+
+    A position counts if its answer follows from what stands before it or was in the training set;
+    1.0 for most tasks. See `Task.answerable`.
+    """
+    answerable = task.answerable(data.test, data.train, data.world)
+    return float(answerable.sum() / (data.test.targets != IGNORE).sum())
+
+
+def save(
+    folder: Path, task: Task, seed: int, sizes: DataConfig, label: str, splits: Iterable[Split]
+) -> Iterator[Path]:
+    """Write splits of a task's data as `.npz` files that need nothing of ours to be read.
+
+    Each holds `inputs`, `targets`, `next_tokens` where the task has them, and as text `config`
+    (JSON: task, sizes, seed, setting, split), `version` (of the generator) and `digest` (of all
+    three splits). A file of the same name is replaced, whole or not at all.
+
+    Args:
+        folder: Where; made if it is not there.
+        task: What to generate.
+        seed: Equal seeds give equal files.
+        sizes: Examples of each split.
+        label: What to call the setting in file names.
+        splits: Which to write.
+
+    Yields:
+        The path of each file, written.
+
+    Raises:
+        ConfigError: The folder or a file in it cannot be written.
+    """
+    made = make(task, seed, sizes)
+    stem = re.sub(r"[^\w.=+-]", "_", f"{task.name}-{label}-seed{seed}")
+    for split in splits:
+        resolved = {
+            "task": task.model_dump(), "data": sizes.model_dump(), "seed": seed, "setting": label,
+            "split": split,
+        }  # fmt: skip
+        path = folder / f"{stem}-{split}.npz"
+        columns = {k: v for k, v in getattr(made, split)._asdict().items() if v is not None}
+        _write(path, columns | {
+            "config": np.array(canonical_json(resolved)),
+            "version": np.array(type(task).version),
+            "digest": np.array(made.digest),
+        })  # fmt: skip
+        yield path
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: {error.strerror or error}; name another --out") from None
 
 
 def stream(seed: int, *key: str | int) -> np.random.Generator:

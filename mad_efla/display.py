@@ -20,7 +20,9 @@ from mad_efla.store import RunFolder
 PLAIN_WIDTH = 140  # columns, where stdout is no terminal
 _PLAIN_SECONDS = 15.0  # between lines about running runs, where stderr is no terminal
 
-_ROLES = {"key": "bold cyan", "value": "green", "copy": "bold magenta", "noise": "dim"}
+_ROLES = {"key": "bold cyan", "value": "green"}
+_ROLES |= dict.fromkeys(("copy", "insert", "compress"), "bold magenta")
+_ROLES |= dict.fromkeys(("noise", "blank", "pad", "filler"), "dim")
 
 
 def stdout() -> Console:

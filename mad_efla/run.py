@@ -49,6 +49,7 @@ PROTOCOLS: dict[str, dict[str, tuple[Any, ...]]] = {
         "train.select_metric": ("token_accuracy",),
         "train.stop_at": (None,),
         "data.test_examples": (1280,),
+        "task.as_mad_lab": (False,),  # where a task has it
     },
 }
 PROTOCOLS["mad-lab"] = PROTOCOLS["mad"] | {
@@ -56,6 +57,7 @@ PROTOCOLS["mad-lab"] = PROTOCOLS["mad"] | {
     "train.select_split": ("test",),
     "train.select_metric": ("loss",),
     "train.stop_at": (0.999,),
+    "task.as_mad_lab": (True,),
 }
 
 
@@ -301,8 +303,8 @@ def _check_protocol(run: RunConfig, document: Document) -> None:
     values = run.model_dump()
     for field, allowed in PROTOCOLS.get(run.protocol, {}).items():
         section, key = field.split(".")
-        value = values[section][key]
-        if value not in allowed:
+        value = values[section].get(key)
+        if key in values[section] and value not in allowed:
             rule = " or ".join(str(a) for a in allowed)
             raise ConfigError(
                 f"{document.place((section, key))}: {field}={value} departs from protocol "

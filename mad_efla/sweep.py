@@ -12,7 +12,8 @@ from pydantic import Field
 
 from mad_efla import config, model
 from mad_efla.config import ConfigError, Document, Section, validate
-from mad_efla.run import Protocol, RunConfig, build
+from mad_efla.run import DataConfig, Protocol, RunConfig, build, build_task
+from mad_efla.tasks import Task
 
 MAX_RUNS = 100_000
 _SECTIONS = ("task", "data", "model", "optim", "train")
@@ -101,6 +102,68 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
     return Sweep(str(name), plan_file.stem, parsed.protocol, list(runs.values()), sizes)
 
 
+class Setting(NamedTuple):
+    """The baseline of a task file, or one of its changes: what there is to generate, no model.
+
+    Attributes:
+        label: `baseline`, or what is changed: `vocab_size=32`.
+        task: The task.
+        data: Examples of each split.
+    """
+
+    label: str
+    task: Task
+    data: DataConfig
+
+
+def settings(task: str, assignments: Iterable[str] = ()) -> list[Setting]:
+    """Read a task file alone: its baseline and every change, less those that `--set` settles.
+
+    Args:
+        task: Path or name of a task file.
+        assignments: What `--set` was given, `FIELD=VALUE`; fields of `task` and `data` only.
+
+    Raises:
+        ConfigError: With file, line, value, rule and cure.
+    """
+    document = config.read(config.find(task, "tasks"))
+    base = _base(document, Document({}))
+    sets = []
+    for text in assignments:
+        path, value = config.assignment(text)
+        if path.split(".")[0] not in ("task", "data"):
+            raise ConfigError(f"--set {text}: {path}: data has only fields of `task` and `data`")
+        sets.append(config.from_paths({path: value}, f"--set {text}"))
+    found = []
+    settled = {path for override in sets for path in override.places if len(path) > 1}
+    for label, change in _changes(document):
+        if settled & set(change.places):
+            continue
+        cell = config.merge(base, change, *sets)
+        sizes = validate(DataConfig, cell.part("data"), "data")
+        found.append(Setting(label, build_task(cell.part("task")), sizes))
+    return found
+
+
+def choose(found: list[Setting], which: str) -> list[Setting]:
+    """Pick settings as users name them: a label, a number from 0 for the baseline, or `all`.
+
+    Raises:
+        ConfigError: There is no such setting.
+    """
+    labels = [s.label for s in found]
+    if which == "all":
+        return found
+    if which in labels:
+        return [found[labels.index(which)]]
+    if which.isdecimal() and int(which) < len(found):
+        return [found[int(which)]]
+    raise ConfigError(
+        f"--setting {which}: must be all, 0 to {len(found) - 1}, or a label"
+        + config.suggest(which, labels)
+    )
+
+
 def differences(runs: list[RunConfig]) -> dict[str, list[Any]]:
     """Return the fields in which runs differ, with each run's value."""
     flat = [flatten(r) for r in runs]
@@ -185,15 +248,19 @@ def _settings(
             (label, config.from_paths(overrides, plan.place(("settings", name, label))))
             for label, overrides in parsed.settings[name].items()
         ]
-    found = [("baseline", empty)]
-    if parsed.settings == "all":
-        for field, values in task.part("vary").data.items():
-            place = task.place(("vary", field))
-            if not isinstance(values, list):
-                raise ConfigError(f"{place}: vary.{field}={values!r} must be a list of values")
-            for value in values:
-                label = f"{field.split('.')[-1]}={value}"
-                found.append((label, config.from_paths({field: value}, place)))
+    return _changes(task) if parsed.settings == "all" else [("baseline", empty)]
+
+
+def _changes(task: Document) -> list[tuple[str, Document]]:
+    """Return the baseline of a task file and each value it varies, as overrides of it."""
+    found = [("baseline", Document({}, {}, task.name))]
+    for field, values in task.part("vary").data.items():
+        place = task.place(("vary", field))
+        if not isinstance(values, list):
+            raise ConfigError(f"{place}: vary.{field}={values!r} must be a list of values")
+        for value in values:
+            label = f"{field.split('.')[-1]}={value}"
+            found.append((label, config.from_paths({field: value}, place)))
     return found
 
 

@@ -76,6 +76,7 @@ def train(
         steps=loop.step,
         stopped=stopped,
         steps_to_90=loop.steps_to_90,
+        ceiling=data.ceiling(run.task, loop.data),
         parameters=model.parameter_count(loop.model),
         state_size=model.state_size(loop.model, run.task.input_length),
         seconds=round(loop.seconds, 3),

@@ -36,7 +36,8 @@ def test_a_tiny_run_learns_and_writes_everything(tmp_path):
     assert result.test.token_accuracy > 0.8
     assert result == folder.result()
     assert result.parameters == sum(p.numel() for p in model.build(run).parameters())
-    assert result.environment["backends"] == "delta_rule:chunked short_conv:fused"
+    ran = dict(pair.split(":") for pair in result.environment["backends"].split())
+    assert ran.keys() == {"delta_rule", "short_conv"}
     names = {name for row in folder.rows()[0] for name in row.metrics}
     assert names == {
         "train/loss", "train/learning_rate", "train/tokens_per_second",

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from mad_efla.config import Section
 
@@ -80,6 +80,21 @@ class Task(Section):
             A token for each position, `IGNORE` where nothing is known yet.
         """
 
+    def answerable(
+        self, examples: Examples, train: Examples, world: Any
+    ) -> Bool[np.ndarray, "n L"]:
+        """Tell which scored positions can be answered from the prefix and the training set.
+
+        All of them, unless a task says otherwise.
+
+        Args:
+            examples: Whose positions are judged.
+            train: All that the learner was shown.
+            world: What `world` returned for this seed.
+        """
+        del train, world
+        return examples.targets != IGNORE
+
     def describe(self, inputs: Int[np.ndarray, "L"]) -> list[str]:
         """Name the role of each token (`key`, `value`, `noise`, ...), for display."""
         return ["token"] * len(inputs)
@@ -88,3 +103,24 @@ class Task(Section):
 def token_type(vocabulary: int) -> type[np.signedinteger]:
     """Return the smallest signed type that holds the ids of a vocabulary and `IGNORE`."""
     return next(t for t in (np.int8, np.int16, np.int32) if vocabulary - 1 <= np.iinfo(t).max)
+
+
+def distinct(
+    rng: np.random.Generator, n: int, k: int, low: int, high: int
+) -> Int[np.ndarray, "n k"]:
+    """Draw `n` times `k` different ids of [low, high), every ordered choice equally likely.
+
+    The i-th id is drawn as a rank among those not taken yet, and steps over each smaller one that
+    is; so nothing as long as the range is ever held.
+    """
+    columns = np.empty((k, n), token_type(high))
+    rising: list[np.ndarray] = []  # the columns so far, each row in order of size
+    for i in range(k):
+        column = rng.integers(0, high - low - i, n, dtype=columns.dtype)
+        for taken in rising:
+            column += column >= taken
+        columns[i] = column
+        for place, other in enumerate(rising):
+            rising[place], column = np.minimum(other, column), np.maximum(other, column)
+        rising.append(column)
+    return columns.T + columns.dtype.type(low)
