@@ -1,20 +1,22 @@
 """Exact sequence operators for linear attention and state spaces, with gradients held to float64.
 
 Axes are `B L H D`, length before heads; a state is `B H Dk Dv`. Every operator has one signature
-over several backends: `reference`, a loop over tokens that defines it, and a fast one that has to
+over several backends: `reference`, a loop over tokens that defines it, and fast ones that have to
 agree with it in outputs and gradients.
 
     delta_rule   S_t = exp(log_decay) (I - erase k k^T) S + write k v^T, and its family:
                  efla, deltanet, rk2, rk4, implicit, kaczmarz, gated_delta_rule, gated_efla
     ssd          S_t = exp(dt a) S + dt b x^T, Mamba-2's state space
+    selective_scan   the same with a decay for every channel and state, Mamba's
     short_conv   causal depthwise convolution over a few tokens
     *_step       the same operators on one token and a carried state, for decoding
     phi          (1 - exp(-x)) / x with its own gradient
 
-    delta_rule/, ssd/, short_conv/   operator.py (checks, dispatch), reference.py, the fast form
+    delta_rule/, ssd/, selective_scan/, short_conv/   operator.py (checks, dispatch), reference.py,
+                                     chunked.py (torch), compiled.py over loops.py (numba)
     delta_rule/members.py            the family; unit_keys.py computes its scalars
     dispatch.py                      argument, MAD_KERNELS_BACKEND, automatic; record_backends
-    checks.py, layout.py             argument errors; the chunk-major order
+    checks.py, layout.py, lanes.py   argument errors; the chunk-major order; rows in registers
 """
 
 from mad_kernels.delta_rule import (
@@ -44,6 +46,7 @@ from mad_kernels.delta_rule import (
 )
 from mad_kernels.dispatch import record_backends
 from mad_kernels.phi import phi
+from mad_kernels.selective_scan import selective_scan, selective_scan_step
 from mad_kernels.short_conv import short_conv, short_conv_step
 from mad_kernels.ssd import ssd, ssd_step
 
@@ -72,6 +75,8 @@ __all__ = [
     "rk2_step",
     "rk4",
     "rk4_step",
+    "selective_scan",
+    "selective_scan_step",
     "short_conv",
     "short_conv_step",
     "ssd",

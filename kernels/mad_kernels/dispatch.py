@@ -14,9 +14,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
 
 VARIABLE = "MAD_KERNELS_BACKEND"
-OPERATORS = ("delta_rule", "short_conv", "ssd")
+OPERATORS = ("delta_rule", "selective_scan", "short_conv", "ssd")
+_HAS_TRITON = find_spec("triton") is not None
+_WIDEST_HEAD = 128  # a state that still fits into the registers of one program
 
 _recorders: ContextVar[tuple[set[str], ...]] = ContextVar("mad_kernels_recorders", default=())
 
@@ -25,7 +32,8 @@ _recorders: ContextVar[tuple[set[str], ...]] = ContextVar("mad_kernels_recorders
 def record_backends() -> Iterator[set[str]]:
     """Collect `operator:backend` for every operator called inside, in this thread or task.
 
-    Recorders nest: an inner one does not hide calls from an outer one.
+    Recorders nest: an inner one does not hide calls from an outer one. Calls that torch.compile
+    traces leave no record.
 
     Yields:
         A set that fills as operators are called.
@@ -38,31 +46,93 @@ def record_backends() -> Iterator[set[str]]:
         _recorders.reset(token)
 
 
-def choose_backend(operator: str, backend: str, offered: Sequence[str]) -> str:
+def runs_compiled_loops(x: Tensor) -> bool:
+    """Tell whether the numba backends can take a tensor: numba is there, and `x` is on the CPU.
+
+    False while torch.compile traces: it cannot look into loops that another compiler made.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and _numba_is_installed()
+
+
+def obstacle_to_triton(x: Tensor, *widths: int) -> str | None:
+    """Tell what keeps the triton backends from a tensor and heads of these widths.
+
+    Returns:
+        The rest of a sentence that starts with the backend, with a cure; None where nothing does.
+    """
+    if not _HAS_TRITON:
+        return "needs the package triton, which is not installed: pip install 'mad-efla[triton]'"
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"runs on a CUDA device, but the tensors are on {x.device}: move them with .cuda(), "
+            f"choose another backend, or interpret the kernels, TRITON_INTERPRET=1"
+        )
+    if x.dtype == torch.float64:
+        return "sums in float32, but the tensors are float64: cast them, or take 'chunked'"
+    if max(widths) > _WIDEST_HEAD:
+        return f"takes heads of at most {_WIDEST_HEAD}, not {max(widths)}: take 'chunked'"
+    return None
+
+
+def choose_backend(
+    operator: str,
+    backend: str,
+    offered: Sequence[str],
+    *,
+    automatic: str | None = None,
+    like: Tensor | None = None,
+    obstacle: str | None = None,
+) -> str:
     """Settle the backend of one call and record it.
 
     Args:
         operator: Name of the operator.
         backend: The caller's wish, or "auto".
-        offered: Names this operator offers; the first one is the automatic choice.
+        offered: Names this operator offers.
+        automatic: The automatic choice for this call; None takes the first of `offered`.
+        like: A tensor of the call, where a backend asks for one kind of device.
+        obstacle: What keeps the triton backend from this call, see `obstacle_to_triton`.
 
     Returns:
         A name out of `offered`.
 
     Raises:
-        ValueError: If the argument or the variable names a backend that is not offered.
+        ValueError: If the argument or the variable names a backend that is not offered, or one that
+            cannot run here.
     """
     place = f"{operator}: backend"
     if backend == "auto":
         backend, place = _from_environment(operator), f"{operator}: {VARIABLE}"
     if backend == "auto":
-        backend = offered[0]
+        backend = automatic or offered[0]
     if backend not in offered:
         names = ", ".join(map(repr, (*offered, "auto")))
         raise ValueError(f"{place}={backend!r} is not offered by {operator}: choose one of {names}")
-    for ran in _recorders.get():
-        ran.add(f"{operator}:{backend}")
+    if backend == "numba":
+        _check_numba(place, like)
+    if backend == "triton" and obstacle:
+        raise ValueError(f"{place}='triton' {obstacle}")
+    if not torch.compiler.is_compiling():  # a trace cannot look into a context variable
+        for ran in _recorders.get():
+            ran.add(f"{operator}:{backend}")
     return backend
+
+
+@cache
+def _numba_is_installed() -> bool:
+    return find_spec("numba") is not None
+
+
+def _check_numba(place: str, like: Tensor | None) -> None:
+    if like is not None and like.device.type != "cpu":
+        raise ValueError(
+            f"{place}='numba' runs on the CPU, but the tensors are on {like.device}: "
+            f"move them with .cpu() or choose another backend"
+        )
+    if not _numba_is_installed():
+        raise ValueError(
+            f"{place}='numba' needs the package numba, which is not installed: pip install numba"
+        )
 
 
 def _from_environment(operator: str) -> str:

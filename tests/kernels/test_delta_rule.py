@@ -20,6 +20,9 @@ BFLOAT16_MULTIPLE = 2.0
 # Under this a gradient is zero up to rounding, and its relative error means nothing.
 BFLOAT16_FLOOR = 1e-6
 
+FAST = ("chunked", "numba")
+BACKENDS = ("reference", *FAST)
+
 LENGTHS = (1, 15, 16, 17, 100, 130)
 B, H, DK, DV = 2, 3, 8, 5
 NAMES = ("o", "final_state", "q", "k", "v", "erase", "write", "log_decay", "initial_state")
@@ -102,28 +105,40 @@ def test_the_reference_is_the_equation():
     torch.testing.assert_close(final[1, 2], state, rtol=1e-13, atol=1e-13)
 
 
-# ---- chunked against the reference
+# ---- the fast forms against the reference
 
 
 @pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("L", LENGTHS)
-def test_chunked_equals_the_reference_in_value_and_gradient(L, dtype, decay):
+@pytest.mark.parametrize("backend", FAST)
+def test_values_and_gradients_equal_the_reference(backend, L, dtype, decay):
     tensors = inputs(L, dtype=dtype, decay=decay)
     names = [n for n in NAMES if decay or n != "log_decay"]
-    got, want = run(mk.delta_rule, tensors, backend="chunked"), reference(tensors)
+    got, want = run(mk.delta_rule, tensors, backend=backend), reference(tensors)
     for name, x, y in zip(names, got, want, strict=True):
         assert relative(x, y) <= TOLERANCE[dtype], (name, relative(x, y))
         assert x.dtype == dtype
 
 
+@pytest.mark.parametrize("widths", [(1, 1), (31, 33), (32, 64), (65, 7)])
+@pytest.mark.parametrize("backend", FAST)
+def test_widths_around_a_register_and_over_several_slabs(backend, widths):
+    Dk, Dv = widths
+    for decay in (False, True):
+        tensors = inputs(70, dtype=torch.float32, decay=decay, Dk=Dk, Dv=Dv)
+        got, want = run(mk.delta_rule, tensors, backend=backend), reference(tensors)
+        assert_close(got, want, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("width", [16, 64])
-def test_bfloat16_errs_at_most_twice_as_much_as_the_reference(decay, width):
+@pytest.mark.parametrize("backend", FAST)
+def test_bfloat16_errs_at_most_twice_as_much_as_the_reference(backend, decay, width):
     tensors = inputs(100, dtype=torch.bfloat16, decay=decay, Dk=width, Dv=width)
     truth = reference(tensors)
     own = run(mk.delta_rule, tensors, backend="reference")
-    got = run(mk.delta_rule, tensors, backend="chunked")
+    got = run(mk.delta_rule, tensors, backend=backend)
     assert got[0].dtype == torch.bfloat16
     assert got[1].dtype == torch.float32
     for name, x, y, z in zip(NAMES, got, own, truth, strict=False):
@@ -131,33 +146,41 @@ def test_bfloat16_errs_at_most_twice_as_much_as_the_reference(decay, width):
         assert relative(x, z) <= allowed, (name, relative(x, z), relative(y, z))
 
 
-def test_mixed_bfloat16_tensors_and_float32_scalars_keep_their_dtypes():
+@pytest.mark.parametrize("backend", FAST)
+def test_mixed_bfloat16_tensors_and_float32_scalars_keep_their_dtypes(backend):
     tensors = inputs(20, dtype=torch.float32)
     tensors[:3] = [x.bfloat16() for x in tensors[:3]]
-    got = run(mk.delta_rule, tensors)
+    got = run(mk.delta_rule, tensors, backend=backend)
     assert [x.dtype for x in got[2:]] == [x.dtype for x in tensors]
     assert relative(got[5], reference(tensors)[5]) < 1e-2
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("backend", FAST)
+def test_autocast_changes_nothing(backend):
     tensors = inputs(40, dtype=torch.float32)
-    plain = run(mk.delta_rule, tensors)
+    plain = run(mk.delta_rule, tensors, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = run(mk.delta_rule, tensors)
+        cast = run(mk.delta_rule, tensors, backend=backend)
     assert all(torch.equal(x, y) for x, y in zip(plain, cast, strict=True))
 
 
 @pytest.mark.parametrize("L", [16, 100])
-def test_chunk_length_and_blocks_of_sequences_do_not_matter(L, monkeypatch):
+@pytest.mark.parametrize("backend", FAST)
+def test_chunk_length_does_not_matter(backend, L):
     tensors = inputs(L)
-    want = run(mk.delta_rule, tensors, chunk=16)
+    want = run(mk.delta_rule, tensors, chunk=16, backend=backend)
     for chunk in (1, 2, 5, 8, 32, 64, 200):
-        assert_close(run(mk.delta_rule, tensors, chunk=chunk), want, 1e-13)
+        assert_close(run(mk.delta_rule, tensors, chunk=chunk, backend=backend), want, 1e-13)
+
+
+def test_blocks_of_sequences_do_not_matter(monkeypatch):
+    tensors = inputs(16)
+    want = run(mk.delta_rule, tensors, backend="chunked")
     monkeypatch.setattr(sys.modules[unit_lower_inverse.__module__], "_BLOCK_NUMBERS", 1)
-    assert_close(run(mk.delta_rule, tensors, chunk=16), want, 1e-13)
+    assert_close(run(mk.delta_rule, tensors, backend="chunked"), want, 1e-13)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cut", [0, 7, 16, 33, 40])
 def test_a_state_carried_across_a_split_equals_the_whole(backend, cut):
     tensors = inputs(40)
@@ -174,20 +197,22 @@ def test_a_state_carried_across_a_split_equals_the_whole(backend, cut):
 
 
 @pytest.mark.parametrize("t", [0, 14, 15, 16, 30, 38])
-def test_no_output_depends_on_a_later_token(t):
+@pytest.mark.parametrize("backend", FAST)
+def test_no_output_depends_on_a_later_token(backend, t):
     *tensors, S = inputs(40)
     leaves = [x.clone().requires_grad_() for x in tensors]
-    o, _ = mk.delta_rule(*leaves, initial_state=S, chunk=16)
+    o, _ = mk.delta_rule(*leaves, initial_state=S, chunk=16, backend=backend)
     for grad in torch.autograd.grad(o[:, : t + 1].sum(), leaves):
         assert (grad[:, t + 1 :] == 0).all()
         assert (grad[:, : t + 1] != 0).any()
 
 
-def test_strong_decay_stays_finite_and_exact():
+@pytest.mark.parametrize("backend", FAST)
+def test_strong_decay_stays_finite_and_exact(backend):
     tensors = inputs(50)
     tensors[5] = tensors[5] * 300
     tensors[5][:, ::7] = -torch.inf
-    got, want = run(mk.delta_rule, tensors), reference(tensors)
+    got, want = run(mk.delta_rule, tensors, backend=backend), reference(tensors)
     assert_close(got, want, 1e-12)
 
 
@@ -210,11 +235,12 @@ def repeated_keys(kind, L, dtype):
 @pytest.mark.parametrize("chunk", [16, 64, 128])
 @pytest.mark.parametrize("kind", ["identical", "vocabulary of 4", "70 % blanks"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_repeated_keys_stay_exact(kind, chunk, dtype):
+@pytest.mark.parametrize("backend", FAST)
+def test_repeated_keys_stay_exact(backend, kind, chunk, dtype):
     tensors = inputs(130, dtype=dtype, decay=False, Dk=16)
     tensors[1] = repeated_keys(kind, 130, dtype)
     tensors[3] = torch.full_like(tensors[3], 0.999)
-    got = run(mk.delta_rule, tensors, chunk=chunk)
+    got = run(mk.delta_rule, tensors, chunk=chunk, backend=backend)
     assert_close(got[:5], reference(tensors)[:5], TOLERANCE[dtype])
     assert_close(got[5:], reference(tensors)[5:], 2 * TOLERANCE[dtype])
 
@@ -236,7 +262,7 @@ def test_entries_of_the_inverse_stay_at_most_one(kind, C):
 
 
 @pytest.mark.parametrize("decay", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck_with_zero_keys_and_zero_erase(backend, decay):
     q, k, v, erase, write, log_decay, S = (
         None if x is None else x[:1, ..., :1, :2] if x.dim() == 4 else x[:1, ..., :1]
@@ -256,36 +282,40 @@ def test_gradcheck_with_zero_keys_and_zero_erase(backend, decay):
     assert torch.autograd.gradcheck(operator, leaves)
 
 
-def test_second_order_gradients_are_refused():
+@pytest.mark.parametrize("backend", FAST)
+def test_second_order_gradients_are_refused(backend):
     q, k, v, erase, write, *_ = inputs(4)
     q.requires_grad_()
-    o, _ = mk.delta_rule(q, k, v, erase, write)
+    o, _ = mk.delta_rule(q, k, v, erase, write, backend=backend)
     (grad,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
 @pytest.mark.parametrize("wanted", range(7))
-def test_a_single_wanted_gradient_equals_that_of_all(wanted):
+@pytest.mark.parametrize("backend", FAST)
+def test_a_single_wanted_gradient_equals_that_of_all(backend, wanted):
     tensors = inputs(20)
     leaves = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(tensors)]
     *arguments, S = leaves
-    o, final = mk.delta_rule(*arguments, initial_state=S, output_final_state=True)
+    options = {"output_final_state": True, "backend": backend}
+    o, final = mk.delta_rule(*arguments, initial_state=S, **options)
     g = generator(99)
     weights = [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in (o, final)]
     loss = (o * weights[0]).sum() + (final * weights[1]).sum()
     (grad,) = torch.autograd.grad(loss, leaves[wanted])
-    assert torch.equal(grad, run(mk.delta_rule, tensors)[2 + wanted])
+    assert torch.equal(grad, run(mk.delta_rule, tensors, backend=backend)[2 + wanted])
 
 
-def test_a_loss_on_the_final_state_alone_has_gradients():
+@pytest.mark.parametrize("backend", FAST)
+def test_a_loss_on_the_final_state_alone_has_gradients(backend):
     tensors = inputs(20)
 
     def last_state(*arguments, **options):
         o, S = mk.delta_rule(*arguments, **options)
         return torch.zeros_like(o), S
 
-    got = run(last_state, tensors, backend="chunked")
+    got = run(last_state, tensors, backend=backend)
     leaves = [x.clone().requires_grad_() for x in tensors]
     *arguments, S = leaves
     _, final = mk.delta_rule(
@@ -302,20 +332,23 @@ def test_a_loss_on_the_final_state_alone_has_gradients():
 # ---- layouts and edges
 
 
-def test_strided_inputs_give_the_same_bytes():
+@pytest.mark.parametrize("backend", FAST)
+def test_strided_inputs_give_the_same_bytes(backend):
     tensors = inputs(20)
 
     def strided(x):
         y = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)[..., ::2]
         return y.transpose(0, 1).contiguous().transpose(0, 1).copy_(x)
 
-    got, want = run(mk.delta_rule, tensors), run(mk.delta_rule, [strided(x) for x in tensors])
+    got = run(mk.delta_rule, tensors, backend=backend)
+    want = run(mk.delta_rule, [strided(x) for x in tensors], backend=backend)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-    o, _ = mk.delta_rule(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors[:6]))
-    assert torch.equal(o, mk.delta_rule(*tensors[:6])[0])
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors[:6]]
+    o, _ = mk.delta_rule(*turned, backend=backend)
+    assert torch.equal(o, mk.delta_rule(*tensors[:6], backend=backend)[0])
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "shape", [(2, 0, 3, 4, 5), (0, 7, 3, 4, 5), (2, 7, 0, 4, 5), (2, 7, 3, 0, 5), (2, 7, 3, 4, 0)]
 )
@@ -379,18 +412,22 @@ def family_inputs(L, norms, *, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("norms", ["unit", "zeros"])
 @pytest.mark.parametrize("member", FAMILY)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_members_equal_their_textbook_step_on_raw_keys(member, norms, dtype):
+@pytest.mark.parametrize("backend", FAST)
+def test_members_equal_their_textbook_step_on_raw_keys(backend, member, norms, dtype):
     tensors = family_inputs(40, norms, dtype=dtype)
-    got, want = run(getattr(mk, member), tensors), run(raw_key_form(member), wide(tensors))
+    got = run(getattr(mk, member), tensors, backend=backend)
+    want = run(raw_key_form(member), wide(tensors))
     assert_close(got, want, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("member", FREE)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_key_norms_from_e_minus_9_to_e_9_stay_exact_per_token(member, dtype):
+@pytest.mark.parametrize("backend", FAST)
+def test_key_norms_from_e_minus_9_to_e_9_stay_exact_per_token(backend, member, dtype):
     tensors = family_inputs(64, "spread", dtype=dtype)
     tensors[1][:, ::9] = 0
-    got, want = run(getattr(mk, member), tensors), run(raw_key_form(member), wide(tensors))
+    got = run(getattr(mk, member), tensors, backend=backend)
+    want = run(raw_key_form(member), wide(tensors))
     assert_close(got, want, 2 * TOLERANCE[dtype])
     # Gradients by k run over 18 powers of e: each token has to be right at its own scale. The
     # reference itself loses digits there to cancellation, so the bar is lower.
@@ -401,11 +438,13 @@ def test_key_norms_from_e_minus_9_to_e_9_stay_exact_per_token(member, dtype):
 
 @pytest.mark.parametrize("norm", [0.0, 1e-30, 1e-20, 1e-18, 1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6])
 @pytest.mark.parametrize("member", FREE)
-def test_gradients_are_finite_and_right_at_any_norm(member, norm):
+@pytest.mark.parametrize("backend", FAST)
+def test_gradients_are_finite_and_right_at_any_norm(backend, member, norm):
     q, k, v, beta, S = family_inputs(8, "unit")
     k = normalize(k, dim=-1) * norm
     tensors = [x.float() for x in (q, k, v, beta, S)]
-    got, want = run(getattr(mk, member), tensors), run(raw_key_form(member), wide(tensors))
+    got = run(getattr(mk, member), tensors, backend=backend)
+    want = run(raw_key_form(member), wide(tensors))
     # The raw-key reference itself cancels at large norms, where exact gradients by beta are 0.
     kept = 5 if norm > 100 else 7
     assert_close(got[:kept], want[:kept], 1e-5)
@@ -481,7 +520,8 @@ def test_efla_solves_its_equation_and_is_gated_efla_without_gate():
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_gated_members_equal_the_reference(dtype):
+@pytest.mark.parametrize("backend", FAST)
+def test_gated_members_equal_the_reference(backend, dtype):
     q, k, v, beta, S = family_inputs(40, "zeros", dtype=dtype)
     gate = torch.rand(B, 40, H, generator=generator(4), dtype=torch.float64).to(dtype)
 
@@ -493,21 +533,24 @@ def test_gated_members_equal_the_reference(dtype):
         return mk.delta_rule(q, k, v, erase, write, gate - 1, backend="reference", **options)
 
     tensors = (q, k, v, beta, gate, S)
-    assert_close(run(mk.gated_efla, tensors), run(raw, wide(tensors)), TOLERANCE[dtype])
+    got = run(mk.gated_efla, tensors, backend=backend)
+    assert_close(got, run(raw, wide(tensors)), TOLERANCE[dtype])
     tensors = (q, normalize(k, dim=-1), v, beta, -gate, S)
-    got = run(mk.gated_delta_rule, tensors)
+    got = run(mk.gated_delta_rule, tensors, backend=backend)
     want = reference((q, tensors[1], v, beta, beta, -gate, S))
     assert_close(got[:2], want[:2], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("member", [*FAMILY, "gated_delta_rule", "gated_efla"])
-def test_step_equals_the_parallel_form(member):
+@pytest.mark.parametrize("backend", FAST)
+def test_step_equals_the_parallel_form(backend, member):
     q, k, v, beta, S = family_inputs(20, "zeros")
     extra = []
     if member.startswith("gated"):
         gate = torch.rand(B, 20, H, generator=generator(4), dtype=torch.float64)
         extra = [gate - 1 if member == "gated_delta_rule" else gate]
-    o, final = getattr(mk, member)(q, k, v, beta, *extra, initial_state=S, output_final_state=True)
+    options = {"output_final_state": True, "backend": backend}
+    o, final = getattr(mk, member)(q, k, v, beta, *extra, initial_state=S, **options)
     step = getattr(mk, f"{member}_step")
     for t in range(20):
         o_t, S = step(*(x[:, t] for x in (q, k, v, beta, *extra)), S)
@@ -515,9 +558,11 @@ def test_step_equals_the_parallel_form(member):
     torch.testing.assert_close(S, final, rtol=1e-12, atol=1e-12)
 
 
-def test_primitive_step_equals_the_parallel_form_and_keeps_dtypes():
+@pytest.mark.parametrize("backend", FAST)
+def test_primitive_step_equals_the_parallel_form_and_keeps_dtypes(backend):
     *tensors, S = inputs(20, dtype=torch.float32)
-    o, final = mk.delta_rule(*tensors, initial_state=S, output_final_state=True)
+    options = {"output_final_state": True, "backend": backend}
+    o, final = mk.delta_rule(*tensors, initial_state=S, **options)
     state = S
     for t in range(20):
         o_t, state = mk.delta_rule_step(*(x[:, t] for x in tensors), state)
@@ -528,11 +573,12 @@ def test_primitive_step_equals_the_parallel_form_and_keeps_dtypes():
     assert (o_t.dtype, state.dtype) == (torch.bfloat16, torch.float32)
 
 
-def test_bfloat16_efla_errs_at_most_twice_as_much_as_the_reference():
+@pytest.mark.parametrize("backend", FAST)
+def test_bfloat16_efla_errs_at_most_twice_as_much_as_the_reference(backend):
     tensors = family_inputs(100, "unit", dtype=torch.bfloat16)
     truth = run(mk.efla, wide(tensors), backend="reference")
     own = run(mk.efla, tensors, backend="reference")
-    got = run(mk.efla, tensors)
+    got = run(mk.efla, tensors, backend=backend)
     for x, y, z in zip(got, own, truth, strict=True):
         assert relative(x, z) <= BFLOAT16_MULTIPLE * relative(y, z) + BFLOAT16_FLOOR
 
@@ -571,11 +617,12 @@ def test_unit_key_form_is_alpha_split_over_a_unit_key(step):
     torch.testing.assert_close(write[..., None] * key, alpha[..., None] * k)
 
 
-def test_long_sequences_keep_the_error_flat():
+@pytest.mark.parametrize("backend", FAST)
+def test_long_sequences_keep_the_error_flat(backend):
     tensors = [
         x[:1, :, :1] if x.dim() > 2 else x
         for x in inputs(2048, dtype=torch.float32, decay=True)[:6]
     ]
-    o, _ = mk.delta_rule(*tensors)
-    want, _ = mk.delta_rule(*wide(tensors), chunk=64)
+    o, _ = mk.delta_rule(*tensors, backend=backend)
+    want, _ = mk.delta_rule(*wide(tensors), backend="chunked", chunk=64)
     assert relative(o, want) < 2e-6

@@ -27,7 +27,7 @@ def convolve(**options):
 def test_automatic_argument_and_variable_in_their_order(monkeypatch):
     with mk.record_backends() as ran:
         call()
-    assert ran == {"delta_rule:chunked"}
+    assert ran == {"delta_rule:numba"}
     monkeypatch.setenv(VARIABLE, "reference")
     with mk.record_backends() as ran:
         call()
@@ -65,8 +65,8 @@ def test_recorders_nest_and_close():
             call()
         convolve()
     call(backend="reference")
-    assert inner == {"delta_rule:chunked"}
-    assert outer == {"delta_rule:chunked", "short_conv:fused"}
+    assert inner == {"delta_rule:numba"}
+    assert outer == {"delta_rule:numba", "short_conv:fused"}
 
 
 def test_messages_give_value_rule_and_cure():

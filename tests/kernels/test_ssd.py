@@ -13,6 +13,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 BFLOAT16_MULTIPLE = 2.0
 BFLOAT16_FLOOR = 1e-6
 
+FAST = ("chunked", "numba")
+BACKENDS = ("reference", *FAST)
+
 LENGTHS = (1, 15, 16, 17, 33, 100, 130)
 B, H, P, N = 2, 4, 5, 6
 NAMES = ("y", "final_state", "x", "dt", "a", "b", "c", "initial_state")
@@ -70,16 +73,18 @@ def test_the_reference_is_the_equation():
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("L", LENGTHS)
-def test_chunked_equals_the_reference_in_value_and_gradient(L, dtype, groups):
+@pytest.mark.parametrize("backend", FAST)
+def test_values_and_gradients_equal_the_reference(backend, L, dtype, groups):
     tensors = inputs(L, dtype=dtype, groups=groups)
-    assert_close(run(mk.ssd, tensors, backend="chunked"), reference(tensors), TOLERANCE[dtype])
+    assert_close(run(mk.ssd, tensors, backend=backend), reference(tensors), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("largest_dt", [0.0, 50.0, 1e4])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_zero_and_large_dt_stay_exact(dtype, largest_dt):
+@pytest.mark.parametrize("backend", FAST)
+def test_zero_and_large_dt_stay_exact(backend, dtype, largest_dt):
     tensors = inputs(70, dtype=dtype, largest_dt=largest_dt)
-    *got, got_state = run(mk.ssd, tensors)
+    *got, got_state = run(mk.ssd, tensors, backend=backend)
     *want, want_state = reference(tensors)
     for name, x, y in zip(NAMES, got, want, strict=False):
         assert torch.isfinite(x).all(), name
@@ -89,30 +94,33 @@ def test_zero_and_large_dt_stay_exact(dtype, largest_dt):
     assert error <= TOLERANCE[dtype] * want_state.norm() + 1e-30
 
 
-def test_bfloat16_errs_at_most_twice_as_much_as_the_reference():
+@pytest.mark.parametrize("backend", FAST)
+def test_bfloat16_errs_at_most_twice_as_much_as_the_reference(backend):
     tensors = inputs(100, dtype=torch.bfloat16)
     truth, own = reference(tensors), run(mk.ssd, tensors, backend="reference")
-    for x, y, z in zip(run(mk.ssd, tensors), own, truth, strict=True):
+    for x, y, z in zip(run(mk.ssd, tensors, backend=backend), own, truth, strict=True):
         assert x.dtype == y.dtype
         assert relative(x, z) <= BFLOAT16_MULTIPLE * relative(y, z) + BFLOAT16_FLOOR
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("backend", FAST)
+def test_autocast_changes_nothing(backend):
     tensors = inputs(40, dtype=torch.float32)
-    plain = run(mk.ssd, tensors)
+    plain = run(mk.ssd, tensors, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = run(mk.ssd, tensors)
+        cast = run(mk.ssd, tensors, backend=backend)
     assert all(torch.equal(x, y) for x, y in zip(plain, cast, strict=True))
 
 
-def test_chunk_length_does_not_matter():
+@pytest.mark.parametrize("backend", FAST)
+def test_chunk_length_does_not_matter(backend):
     tensors = inputs(70)
-    want = run(mk.ssd, tensors)
+    want = run(mk.ssd, tensors, backend=backend)
     for chunk in (1, 3, 16, 64, 200):
-        assert_close(run(mk.ssd, tensors, chunk=chunk), want, 1e-12)
+        assert_close(run(mk.ssd, tensors, chunk=chunk, backend=backend), want, 1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cut", [0, 7, 32, 40])
 def test_a_state_carried_across_a_split_equals_the_whole(backend, cut):
     def split(x, dt, a, b, c, *, initial_state, output_final_state):
@@ -131,17 +139,18 @@ def test_a_state_carried_across_a_split_equals_the_whole(backend, cut):
 
 
 @pytest.mark.parametrize("t", [0, 15, 31, 38])
-def test_no_output_depends_on_a_later_token(t):
+@pytest.mark.parametrize("backend", FAST)
+def test_no_output_depends_on_a_later_token(backend, t):
     *tensors, S = inputs(40)
     leaves = [x.clone().requires_grad_() for x in tensors]
-    y, _ = mk.ssd(*leaves, initial_state=S, chunk=16)
+    y, _ = mk.ssd(*leaves, initial_state=S, chunk=16, backend=backend)
     for x, grad in zip(leaves, torch.autograd.grad(y[:, : t + 1].sum(), leaves), strict=True):
         if x.dim() > 1:
             assert (grad[:, t + 1 :] == 0).all()
             assert (grad[:, : t + 1] != 0).any()
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
     x, dt, a, b, c, S = inputs(5, groups=1)
     dt[:, 2] = 0
@@ -155,31 +164,36 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(operator, leaves)
 
 
-def test_second_order_gradients_are_refused():
+@pytest.mark.parametrize("backend", FAST)
+def test_second_order_gradients_are_refused(backend):
     *tensors, _ = inputs(4)
     tensors[0].requires_grad_()
-    y, _ = mk.ssd(*tensors)
+    y, _ = mk.ssd(*tensors, backend=backend)
     (grad,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-def test_step_equals_the_parallel_form():
+@pytest.mark.parametrize("backend", FAST)
+def test_step_equals_the_parallel_form(backend):
     x, dt, a, b, c, S = inputs(20)
-    y, final = mk.ssd(x, dt, a, b, c, initial_state=S, output_final_state=True)
+    options = {"output_final_state": True, "backend": backend}
+    y, final = mk.ssd(x, dt, a, b, c, initial_state=S, **options)
     for t in range(20):
         y_t, S = mk.ssd_step(x[:, t], dt[:, t], a, b[:, t], c[:, t], S)
         torch.testing.assert_close(y_t, y[:, t], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(S, final, rtol=1e-12, atol=1e-12)
 
 
-def test_strided_inputs_give_the_same_values():
+@pytest.mark.parametrize("backend", FAST)
+def test_strided_inputs_give_the_same_values(backend):
     tensors = inputs(20)
     turned = [x.mT.contiguous().mT if x.dim() > 1 else x for x in tensors]
-    assert_close(run(mk.ssd, turned), run(mk.ssd, tensors), 1e-14)
+    want = run(mk.ssd, tensors, backend=backend)
+    assert_close(run(mk.ssd, turned, backend=backend), want, 1e-14)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "shape", [(2, 0, 4, 5, 1, 6), (0, 7, 4, 5, 2, 6), (2, 7, 4, 0, 2, 6), (2, 7, 4, 5, 2, 0)]
 )

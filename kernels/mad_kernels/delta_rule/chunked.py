@@ -16,7 +16,7 @@ Only S, X, U and dS, dU, dX are serial over chunks; the rest is batched over all
 
 Legend: gram K K^T, scores Q K^T * D, strength erase, update U, residual X; n chunks, N = B*H heads.
 
-Source: arXiv 2406.06484 section 3 (the chunk form); arXiv 2412.06464 section 3.3 (with decay).
+Source: arXiv 2406.06484, the chunkwise parallel form; arXiv 2412.06464, the same with decay.
 Departures: no W and U matrices, one product by T instead; the backward of the inverse is dA above.
 The inverse is by masked doubling: Neumann's product (I - A)(I + A^2)... is off by 3e6 at C = 64
 when keys repeat. Memory of the backward, in numbers per head: L (2 Dk + 2 Dv + 3 C) + (L/C) Dk Dv.

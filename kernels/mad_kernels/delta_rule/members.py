@@ -11,8 +11,8 @@
 Every one takes raw `q`, `k`, `v` of [B L H D], `beta` of [B L H], at least 0, and the options of
 `delta_rule`; every one has a `_step` form that reads one token into a state.
 
-Source: arXiv 2512.12602v4 Eq. 15 and 68, its v3 (rk2, rk4); arXiv 2407.14207 Eq. 7 (implicit);
-arXiv 2406.06484 Eq. 4 (deltanet); arXiv 2412.06464 Eq. 10 (gated_delta_rule).
+Source: arXiv 2512.12602v4 Eq. 15 and 68, its v3 (rk2, rk4); arXiv 2407.14207, the implicit
+online update; arXiv 2406.06484, the delta update rule; arXiv 2412.06464, the gated delta rule.
 Departure: all but deltanet and gated_delta_rule run on unit keys, see `unit_keys`.
 """
 

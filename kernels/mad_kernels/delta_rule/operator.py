@@ -9,10 +9,11 @@ from torch import Tensor
 
 from mad_kernels.checks import check_chunk, check_tensors, working_dtype
 from mad_kernels.delta_rule.chunked import delta_rule_chunked
+from mad_kernels.delta_rule.compiled import delta_rule_compiled
 from mad_kernels.delta_rule.reference import delta_rule_reference, delta_rule_token
-from mad_kernels.dispatch import choose_backend
+from mad_kernels.dispatch import choose_backend, obstacle_to_triton, runs_compiled_loops
 
-BACKENDS = ("chunked", "reference")
+BACKENDS = ("chunked", "numba", "reference", "triton")
 
 
 def delta_rule(
@@ -40,13 +41,15 @@ def delta_rule(
         log_decay: Log of the factor on the old state, at most 0; None keeps the state whole.
         initial_state: State before the first token; None is zero.
         output_final_state: Whether to hand back the state after the last token.
-        chunk: Tokens per chunk, for the chunked backend; None takes the table's length.
-        backend: "chunked", "reference" or "auto", see `mad_kernels.dispatch`.
+        chunk: Tokens per chunk, for the chunked backend, or between kept states, for numba; None
+            takes the table's length.
+        backend: "chunked", "numba" (CPU), "triton" (GPU), "reference" or "auto", see
+            `mad_kernels.dispatch`.
 
     Returns:
         Outputs in the dtype of `v`, and the final state in float32 (float64 for float64) or None.
-        Sums, gates and states are float32 for bfloat16 inputs. The chunked backend has first-order
-        gradients only.
+        Sums, gates and states are float32 for bfloat16 inputs. Only the reference has gradients
+        of second order.
 
     Raises:
         ValueError: If shapes, dtypes, devices, `chunk` or `backend` do not fit.
@@ -65,13 +68,24 @@ def delta_rule(
     )
     if chunk is not None:
         check_chunk("delta_rule", chunk)
-    chosen = choose_backend("delta_rule", backend, BACKENDS)
+    automatic = "numba" if runs_compiled_loops(v) else "chunked"
+    obstacle = obstacle_to_triton(v, sizes["Dk"], sizes["Dv"])
+    if v.is_cuda and obstacle is None:
+        automatic = "triton"
+    options = {"automatic": automatic, "like": v, "obstacle": obstacle}
+    chosen = choose_backend("delta_rule", backend, BACKENDS, **options)
     state = initial_state
     if state is None:
         shape = [sizes[axis] for axis in ("B", "H", "Dk", "Dv")]
         state = v.new_zeros(shape, dtype=working_dtype(v))
     if chosen == "reference":
         o, final = delta_rule_reference(q, k, v, erase, write, log_decay, state)
+    elif chosen == "triton":
+        from mad_kernels.delta_rule.triton import delta_rule_triton  # triton only where it is used
+
+        o, final = delta_rule_triton(q, k, v, erase, write, log_decay, state)
+    elif chosen == "numba":
+        o, final = delta_rule_compiled(q, k, v, erase, write, log_decay, state, chunk)
     else:
         o, final = delta_rule_chunked(q, k, v, erase, write, log_decay, state, chunk)
     return o, final if output_final_state else None

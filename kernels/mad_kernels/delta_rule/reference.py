@@ -6,7 +6,8 @@
 Plain operations and plain autograd, so gradients of any order exist. Sums run in float32, or in
 float64 for float64 inputs.
 
-Source: arXiv 2406.06484 Eq. 4 (erase = write = beta); arXiv 2412.06464 Eq. 10 (with decay).
+Source: arXiv 2406.06484, the delta update rule (erase = write = beta); arXiv 2412.06464, the gated
+delta rule (with decay).
 Departure: erase and write are two scalars, and the state is [Dk, Dv], the papers' transposed.
 """
 

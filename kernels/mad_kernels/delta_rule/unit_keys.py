@@ -16,8 +16,8 @@ or tiny key enters a matrix product. One slope gives both gradients, erase'(x): 
 |k| erase' and d write/d|k| = beta (2 erase' - r). At k = 0, k/|k| has no limit; the norm is held at
 a floor there, which leaves write k/|k| = alpha k and its gradient exact.
 
-Source: arXiv 2512.12602v4 Eq. 15 (exact), Eq. 68 (gated); its v3 (Runge-Kutta); arXiv 2407.14207
-Eq. 7 (implicit). Departure: unit keys inside, with separate erase and write.
+Source: arXiv 2512.12602v4 Eq. 15 (exact), Eq. 68 (gated); its v3 (Runge-Kutta); arXiv 2407.14207,
+the implicit online update. Departure: unit keys inside, with separate erase and write.
 """
 
 from typing import Literal, NamedTuple

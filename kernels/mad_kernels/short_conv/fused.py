@@ -8,7 +8,7 @@ depthwise kernel for it reads x once, where conv1d transposes it and a sum of sh
 it K times. dx is the same kernel on the taps in reverse; only d weight is a sum of products, since
 the library's own takes three to four times as long in bfloat16, and no less in float32.
 
-Source: arXiv 2312.00752 section 3.4 (the convolution before the state space).
+Source: arXiv 2312.00752, the convolution before the state space.
 """
 
 import torch

@@ -5,7 +5,7 @@
 Each of the D channels has its own K taps; the last tap is the present token. The state is the last
 K-1 inputs, zeros before the first token.
 
-Source: arXiv 2312.00752 section 3.4 (the convolution before the state space).
+Source: arXiv 2312.00752, the convolution before the state space.
 """
 
 import torch

@@ -11,7 +11,7 @@ side in the columns of X and S, so products with b and c run once per group.
 
 Legend: n chunks, M = B*G sequences and groups, R = H/G heads of a group; gram C B^T.
 
-Source: arXiv 2405.21060, section 6 and listing 1.
+Source: arXiv 2405.21060, the block decomposition and its listing.
 Departures: own backward; the mask comes before exp, so no dt is too large.
 """
 

@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mad_kernels.checks import check_chunk, check_tensors, working_dtype
-from mad_kernels.dispatch import choose_backend
+from mad_kernels.dispatch import choose_backend, obstacle_to_triton, runs_compiled_loops
 from mad_kernels.ssd.chunked import ssd_chunked
+from mad_kernels.ssd.compiled import ssd_compiled
 from mad_kernels.ssd.reference import ssd_reference, ssd_token
 
-BACKENDS = ("chunked", "reference")
+BACKENDS = ("chunked", "numba", "reference", "triton")
 
 
 def ssd(
@@ -39,12 +40,14 @@ def ssd(
         c: Output directions; G divides H.
         initial_state: State before the first token; None is zero.
         output_final_state: Whether to hand back the state after the last token.
-        chunk: Tokens per chunk, for the chunked backend; None takes 32.
-        backend: "chunked", "reference" or "auto", see `mad_kernels.dispatch`.
+        chunk: Tokens per chunk, for the chunked backend (None takes 32), or between kept states,
+            for numba (None takes 64).
+        backend: "chunked", "numba" (CPU), "triton" (GPU), "reference" or "auto", see
+            `mad_kernels.dispatch`.
 
     Returns:
         Outputs in the dtype of `x`, and the final state in float32 (float64 for float64) or None.
-        The chunked backend has first-order gradients only.
+        Only the reference has gradients of second order.
 
     Raises:
         ValueError: If shapes, dtypes, devices, groups, `chunk` or `backend` do not fit.
@@ -63,13 +66,24 @@ def ssd(
     _check_groups("ssd", sizes)
     if chunk is not None:
         check_chunk("ssd", chunk)
-    chosen = choose_backend("ssd", backend, BACKENDS)
+    automatic = "numba" if runs_compiled_loops(x) else "chunked"
+    obstacle = obstacle_to_triton(x, sizes["N"], sizes["P"])
+    if x.is_cuda and obstacle is None:
+        automatic = "triton"
+    options = {"automatic": automatic, "like": x, "obstacle": obstacle}
+    chosen = choose_backend("ssd", backend, BACKENDS, **options)
     state = initial_state
     if state is None:
         shape = [sizes[axis] for axis in ("B", "H", "N", "P")]
         state = x.new_zeros(shape, dtype=working_dtype(x))
     if chosen == "reference":
         y, final = ssd_reference(x, dt, a, b, c, state)
+    elif chosen == "triton":
+        from mad_kernels.ssd.triton import ssd_triton  # triton only where it is used
+
+        y, final = ssd_triton(x, dt, a, b, c, state)
+    elif chosen == "numba":
+        y, final = ssd_compiled(x, dt, a, b, c, state, chunk)
     else:
         y, final = ssd_chunked(x, dt, a, b, c, state, chunk)
     return y, final if output_final_state else None

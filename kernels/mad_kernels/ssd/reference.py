@@ -6,7 +6,8 @@
 Legend: x is B L H P with head width P; b and c are B L G N with G groups of H/G neighbouring heads
 each and state width N; S is B H N P.
 
-Source: arXiv 2405.21060, Eq. 1 and section 7 (one scalar a per head; b and c shared in a group).
+Source: arXiv 2405.21060, the selective state space with one scalar a per head; b and c shared in a
+group, as in its Mamba-2 block.
 """
 
 import torch

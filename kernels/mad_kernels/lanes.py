@@ -1,0 +1,236 @@
+"""Rows of 32 numbers as one value inside compiled loops: what a vector register is to a compiler.
+
+A loop over 32 numbers that adds into an array keeps its sums in memory, unless a compiler sees
+through the array. These operations name the vector, so that sums stay in registers; a machine
+with shorter registers splits each into as many as it needs. Only compiled functions can call them.
+
+    load(x, at), store(x, at, row)    x[at : at + 32] of a flat array, no bounds check
+    spread(x, at)                     x[at] in all 32 places
+    copy(x, at, y, from, count)       y[from : from + count] into x[at : at + count]
+    fma(row, row, row)                a * b + c
+    mul(row, row), add(row, row)
+    exp(row)                          right to the last bit but one; 0 where it would underflow
+    total(row)                        the sum, always in the same order
+
+Importing this module imports numba; only the compiled backends do so, and only when they run.
+"""
+
+from collections.abc import Callable
+from math import factorial, log
+from typing import Any, no_type_check
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.typing.templates import Signature
+from numba.extending import intrinsic, models, register_model
+
+LANES = 32
+
+# exp(x) = 2^n exp(r), n = round(x / log 2): log 2 in two parts, terms of the series of exp(r),
+# exponent bits and bias, and the range of x that gives normal numbers.
+_EXP = {
+    types.float32: (0.693359375, -2.12194440e-4, 8, 23, 127, -87.3, 88.7),
+    types.float64: (
+        6.93147180369123816490e-01, 1.90821492927058770002e-10, 14, 52, 1023, -708.3, 709.7,
+    ),
+}  # fmt: skip
+
+
+class Row(types.Type):
+    """32 numbers of one float type."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        super().__init__(name=f"Row({dtype})")
+
+
+@register_model(Row)
+class _RowModel(models.PrimitiveModel):
+    def __init__(self, manager, row):
+        number = ir.DoubleType() if row.dtype == types.float64 else ir.FloatType()
+        super().__init__(manager, row, ir.VectorType(number, LANES))
+
+
+def compile_loop(function: Callable) -> Callable[..., Any]:
+    """Compile a function on first use; kept on disk, where numba finds a folder it may write to."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no such folder: every process compiles for itself
+        return njit(**options)(function)
+
+
+@compile_loop
+@no_type_check
+def aligned_zeros(size, dtype):
+    """Make a flat array that begins on a cache line: a row across two lines costs twice."""
+    x = np.zeros(size + 16, dtype)
+    skip = -(x.ctypes.data // x.itemsize) % (64 // x.itemsize)
+    return x[skip : skip + size]
+
+
+def _address(context, builder, array_type, array, at):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [at])
+
+
+def _call(builder, name, number, arguments, result):
+    """Call an operation that the compiler knows by name, like `llvm.fmuladd.v32f32`."""
+    suffix = f"v{LANES}{'f64' if number == types.float64 else 'f32'}"
+    function_type = ir.FunctionType(result, [x.type for x in arguments])
+    full = f"{name}.{suffix}"
+    function = builder.module.globals.get(full) or ir.Function(builder.module, function_type, full)
+    return builder.call(function, arguments)
+
+
+@intrinsic
+@no_type_check
+def load(typing_context, x, at):
+    """Read 32 numbers from `at` on."""
+    row = Row(x.dtype)
+
+    def emit(context, builder, signature, arguments):
+        address = _address(context, builder, x, *arguments)
+        vector = context.get_value_type(row)
+        address = builder.bitcast(address, vector.as_pointer())
+        return builder.load(address, align=x.dtype.bitwidth // 8)
+
+    return Signature(row, (x, types.intp), None), emit
+
+
+@intrinsic
+@no_type_check
+def store(typing_context, x, at, row):
+    """Write 32 numbers from `at` on."""
+
+    def emit(context, builder, signature, arguments):
+        array, position, value = arguments
+        address = _address(context, builder, x, array, position)
+        address = builder.bitcast(address, value.type.as_pointer())
+        builder.store(value, address, align=x.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return Signature(types.void, (x, types.intp, row), None), emit
+
+
+@intrinsic
+@no_type_check
+def copy(typing_context, x, at, y, from_, count):
+    """Copy numbers between two flat arrays that do not overlap."""
+
+    def emit(context, builder, signature, arguments):
+        array, position, other, place, numbers = arguments
+        into = _address(context, builder, x, array, position)
+        source = _address(context, builder, y, other, place)
+        cgutils.raw_memcpy(builder, into, source, numbers, x.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return Signature(types.void, (x, types.intp, y, types.intp, types.intp), None), emit
+
+
+@intrinsic
+@no_type_check
+def spread(typing_context, x, at):
+    """Put one number of an array into all places."""
+    row = Row(x.dtype)
+
+    def emit(context, builder, signature, arguments):
+        number = builder.load(_address(context, builder, x, *arguments))
+        vector = ir.Constant(context.get_value_type(row), ir.Undefined)
+        vector = builder.insert_element(vector, number, ir.Constant(ir.IntType(32), 0))
+        places = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        return builder.shuffle_vector(vector, vector, places)
+
+    return Signature(row, (x, types.intp), None), emit
+
+
+@intrinsic
+@no_type_check
+def fma(typing_context, a, b, c):
+    """Compute a * b + c."""
+
+    def emit(context, builder, signature, arguments):
+        result = arguments[0].type
+        return _call(builder, "llvm.fmuladd", a.dtype, arguments, result)
+
+    return Signature(a, (a, b, c), None), emit
+
+
+@intrinsic
+@no_type_check
+def mul(typing_context, a, b):
+    """Compute a * b."""
+
+    def emit(context, builder, signature, arguments):
+        return builder.fmul(*arguments)
+
+    return Signature(a, (a, b), None), emit
+
+
+@intrinsic
+@no_type_check
+def add(typing_context, a, b):
+    """Compute a + b."""
+
+    def emit(context, builder, signature, arguments):
+        return builder.fadd(*arguments)
+
+    return Signature(a, (a, b), None), emit
+
+
+@intrinsic
+@no_type_check
+def exp(typing_context, a):
+    """Compute the exponential of each number."""
+    high, low, terms, bits, bias, smallest, largest = _EXP[a.dtype]
+
+    def emit(context, builder, signature, arguments):
+        (x,) = arguments
+        vector = x.type
+        size = a.dtype.bitwidth
+        integers = ir.VectorType(ir.IntType(size), LANES)
+
+        def constant(number, kind=vector):
+            return ir.Constant(kind, [number] * LANES)
+
+        def multiply_add(*factors):
+            return _call(builder, "llvm.fmuladd", a.dtype, factors, vector)
+
+        vanishes = builder.fcmp_ordered("<", x, constant(smallest))
+        x = _call(builder, "llvm.maxnum", a.dtype, [x, constant(smallest)], vector)
+        x = _call(builder, "llvm.minnum", a.dtype, [x, constant(largest)], vector)
+        n = builder.fmul(x, constant(1 / log(2)))
+        n = _call(builder, "llvm.rint", a.dtype, [n], vector)
+        r = multiply_add(n, constant(-high), x)
+        r = multiply_add(n, constant(-low), r)
+        power = constant(1 / factorial(terms - 1))
+        for term in reversed(range(terms - 1)):
+            power = multiply_add(power, r, constant(1 / factorial(term)))
+        exponent = builder.add(builder.fptosi(n, integers), constant(bias, integers))
+        scale = builder.bitcast(builder.shl(exponent, constant(bits, integers)), vector)
+        return builder.select(vanishes, constant(0.0), builder.fmul(power, scale))
+
+    return Signature(a, (a,), None), emit
+
+
+@intrinsic
+@no_type_check
+def total(typing_context, a):
+    """Sum the 32 numbers, always in the same order."""
+
+    def emit(context, builder, signature, arguments):
+        kind = context.get_value_type(a.dtype)
+        row = arguments[0]
+        width = LANES // 2
+        while width:  # halves onto halves
+            places = [[p + shift for p in range(width)] for shift in (0, width)]
+            index = ir.VectorType(ir.IntType(32), width)
+            halves = [builder.shuffle_vector(row, row, ir.Constant(index, p)) for p in places]
+            row = builder.fadd(*halves)
+            width //= 2
+        assert row.type.element == kind
+        return builder.extract_element(row, ir.Constant(ir.IntType(32), 0))
+
+    return Signature(a.dtype, (a,), None), emit
