@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install sweep test check clean
+.PHONY: install sweep test check gpu clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# Accuracy of the GPU kernels on the device, then timings; under 8 minutes, needs a CUDA torch.
+gpu:
+	$(BIN)/python kernels/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist

@@ -36,7 +36,7 @@ def interpreted() -> bool:
 
 def padded(width: int) -> int:
     """Round a width up to what a matrix product takes: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def readable(x: Tensor | None, otherwise: Tensor) -> Tensor:
