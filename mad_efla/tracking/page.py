@@ -51,7 +51,7 @@ def ui(uri: str, out: Path, host: str, port: int | None, say: Callable[[str], ob
         | {
             "MLFLOW_BACKEND_STORE_URI": uri,  # not an argument: it may hold a password
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),  # of its own dependencies
+            "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),  # of its own dependencies
         }
     )
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
