@@ -63,7 +63,7 @@ def test_set_overrides_runs_plan_and_grid(tmp_path):
 
 
 def test_equal_runs_are_made_once(tmp_path):
-    found = expand(tmp_path, TASK and PLAN.replace("baseline", "all"), sets=["task.vocab_size=8"])
+    found = expand(tmp_path, PLAN.replace("baseline", "all"), sets=["task.vocab_size=8"])
     assert len(found.runs) == 4
 
 

@@ -32,7 +32,7 @@ ConfigT = TypeVar("ConfigT", bound=MixerConfig)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm whose weight follows the input's dtype, which keeps torch on its fused kernel."""
+    """RMSNorm whose weight follows the input's dtype: torch's own warns where the two differ."""
 
     def forward(self, x: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes D"]:
         """Normalise the last axis."""
