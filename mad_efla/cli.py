@@ -292,6 +292,29 @@ def score(runs: Path, form: str | None) -> None:
             console.print(table)
 
 
+@cli.command()
+@click.argument("runs", type=click.Path(path_type=Path), default=OUT)
+@click.option(
+    "--into", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Replace the sections of these plans in FILE, and keep the others; else print.",
+)  # fmt: skip
+@_says_errors
+def results(runs: Path, into: Path | None) -> None:
+    """Write the results page of the sweeps under RUNS: a section per plan, in Markdown.
+
+    \b
+    mad-efla results runs --into RESULTS.md
+    """
+    from mad_efla import results, store
+
+    found = results.sections(runs)
+    if into is None:
+        click.echo(results.page(found), nl=False)
+        return
+    previous = into.read_text() if into.exists() else ""
+    store.write_bytes(into, results.page(found, previous).encode())
+
+
 @cli.group()
 def bench() -> None:
     """Measure this machine, side by side in one process."""

@@ -156,6 +156,8 @@ class AutoEncoder(Backbone):
         return self.decoder(x)
 
 
+_SMALL = 10_000_000  # numbers, at about a nanosecond each
+
 BACKBONES: dict[str, type[Backbone]] = {"language_model": LanguageModel, "autoencoder": AutoEncoder}
 
 
@@ -183,8 +185,13 @@ def build(run: RunConfig) -> Backbone:
 
 
 def check(run: RunConfig) -> Backbone:
-    """Build a run's model without memory, to find out whether it can be built and how big it is."""
-    with torch.device("meta"):
+    """Build a run's model to find out whether it can be built and how big it is.
+
+    A large one is built without memory. A small one is built for real, which is quicker: tensors
+    without memory make torch load its compiler, a matter of seconds.
+    """
+    numbers = run.model.width * (run.task.vocabulary + run.model.width * run.model.depth)
+    with torch.device("cpu" if numbers < _SMALL else "meta"):
         return build(run)
 
 

@@ -4,6 +4,7 @@ There is no registry to edit: the built-in task `recall` is the one `Task` that
 `mad_efla/tasks/recall.py` defines, the mixer `efla` the `Mixer` of `mad_efla/mixers/efla.py`.
 """
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -34,11 +35,13 @@ def mixer(name: str) -> type[Mixer]:
     return _find(name, "mixer", mad_efla.mixers, Mixer)
 
 
+@functools.cache
 def names(package: ModuleType) -> list[str]:
     """List the built-in plug-ins of `mad_efla.tasks` or `mad_efla.mixers`."""
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
 
 
+@functools.cache
 def _find(name: str, kind: str, package: ModuleType, contract: type) -> type:
     if ":" in name:
         return _import(name, kind, contract)

@@ -283,19 +283,19 @@ def _resolve(cell: Document, label: str, protocol: str, precision: str) -> Docum
 
 
 def _check_models(runs: Iterable[RunConfig], plan: Document) -> dict[str, tuple[int, int]]:
-    """Build each distinct model without memory; return parameters and state size of every run."""
-    built: dict[str, Any] = {}
+    """Build each distinct model once; return parameters and state size of every run."""
+    built: dict[str, tuple[int, int]] = {}
     sizes = {}
     for count, run in enumerate(runs):
         if count >= MAX_RUNS:
             raise ConfigError(f"{plan.name}: more than {MAX_RUNS} runs; split the plan")
-        key = f"{run.model} {run.mixers} {run.task.vocabulary}"
+        key = f"{run.model} {run.mixers} {run.task.vocabulary} {run.task.input_length}"
         if key not in built:
             try:
-                built[key] = model.check(run)
+                network = model.check(run)
             except ConfigError as error:
                 raise ConfigError(f"{plan.place(('mixers',))}: {error}") from error
-        network = built[key]
-        state = model.state_size(network, run.task.input_length)
-        sizes[run.fingerprint] = (model.parameter_count(network), state)
+            state = model.state_size(network, run.task.input_length)
+            built[key] = (model.parameter_count(network), state)
+        sizes[run.fingerprint] = built[key]
     return sizes

@@ -25,3 +25,12 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "MAD_KERNELS_BACKEND"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with a tiny task and plan."""
+    from tests.tiny import write_files  # only now: what it imports must meet the hook above
+
+    write_files(tmp_path)
+    return tmp_path

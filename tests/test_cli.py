@@ -11,15 +11,8 @@ from click.testing import CliRunner
 from mad_efla import execute
 from mad_efla.cli import cli
 from mad_efla.store import RunFolder, read_sweeps
-from tests.tiny import write_files
 
 SWEEP = ["sweep", "task.yaml", "--plan", "plan.yaml", "--workers", "0", "--no-tracking"]
-
-
-@pytest.fixture
-def files(tmp_path):
-    write_files(tmp_path)
-    return tmp_path
 
 
 def call(*arguments, code=0):
