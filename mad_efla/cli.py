@@ -64,6 +64,8 @@ def cli() -> None:
     mad-efla sweep tasks/recall.yaml     train, compare, log
     mad-efla ui                          look at the runs in MLflow
     """
+    if (here := os.getcwd()) not in sys.path:  # a console script has its own folder there instead
+        sys.path.append(here)
 
 
 @cli.command()
@@ -413,6 +415,32 @@ def list_(kind: str) -> None:
     from mad_efla import catalogue, display
 
     display.stdout().print(catalogue.table(kind))
+
+
+@cli.command()
+@click.argument("name")
+@_options(
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Its fields."),
+    click.option(
+        "--width", type=click.IntRange(1), default=32, show_default=True,
+        help="Width of the model that a mixer is built for.",
+    ),
+)  # fmt: skip
+@_says_errors
+def check(name: str, assignments: tuple[str, ...], width: int) -> None:
+    """Check the mixer or task NAME against all that a mixer or task promises.
+
+    NAME is a built-in one, or package.module:Name of your own. Exit status 1 if a promise is
+    broken.
+
+    \b
+    mad-efla check my_package.decay:Decay --set start=0.5
+    """
+    from mad_efla import contract, display
+
+    kind, findings = contract.check(name, assignments, width)
+    display.stdout().print(display.findings(f"{kind} {name}", findings))
+    sys.exit(any(f.broken for f in findings))
 
 
 @cli.command()

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mad_efla.bench import StepTime
+from mad_efla.contract import Finding
 from mad_efla.execute import Event
 from mad_efla.leaderboard import Leaderboard
 from mad_efla.run import RunConfig
@@ -277,6 +278,14 @@ def step_times(times: list[StepTime]) -> Table:
             run.setting, run.mixer, f"{1e3 * seconds:.0f}", f"{100 * spread:.0f} %",
             f"{tokens / seconds:,.0f}", f"{seconds / reference:.2f}",
         )  # fmt: skip
+    return table
+
+
+def findings(title: str, found: list[Finding]) -> Table:
+    """Draw what holds and what fails of a contract."""
+    table = Table("", "promise", "how it is broken", title=title, title_justify="left")
+    for promise, broken in found:
+        table.add_row("FAILS" if broken else "holds", Text(promise), Text(broken))
     return table
 
 

@@ -17,6 +17,7 @@ from mad_efla.mixers import Mixer
 from mad_efla.tasks import Task
 
 
+@functools.cache
 def task(name: str) -> type[Task]:
     """Return the task class called `name`.
 
@@ -26,6 +27,7 @@ def task(name: str) -> type[Task]:
     return _find(name, "task", mad_efla.tasks, Task)
 
 
+@functools.cache
 def mixer(name: str) -> type[Mixer]:
     """Return the mixer class called `name`.
 
@@ -35,13 +37,25 @@ def mixer(name: str) -> type[Mixer]:
     return _find(name, "mixer", mad_efla.mixers, Mixer)
 
 
-@functools.cache
+def either(name: str) -> type[Task] | type[Mixer]:
+    """Return the task or mixer class called `name`.
+
+    Raises:
+        ConfigError: There is none, or it is neither.
+    """
+    if ":" in name:
+        return _import(name, "plug-in", (Task, Mixer))
+    known = [*names(mad_efla.tasks), *names(mad_efla.mixers)]
+    if name not in known:
+        raise ConfigError(f"{name!r} is no task and no mixer{suggest(name, known)}")
+    return task(name) if name in names(mad_efla.tasks) else mixer(name)
+
+
 def names(package: ModuleType) -> list[str]:
     """List the built-in plug-ins of `mad_efla.tasks` or `mad_efla.mixers`."""
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
 
 
-@functools.cache
 def _find(name: str, kind: str, package: ModuleType, contract: type) -> type:
     if ":" in name:
         return _import(name, kind, contract)
@@ -58,7 +72,7 @@ def _find(name: str, kind: str, package: ModuleType, contract: type) -> type:
     return found[0]
 
 
-def _import(name: str, kind: str, contract: type) -> type:
+def _import(name: str, kind: str, contract: type | tuple[type, ...]) -> type:
     module_name, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
@@ -67,5 +81,7 @@ def _import(name: str, kind: str, contract: type) -> type:
             f"{kind} {name!r}: {error}; write it as package.module:Name, importable from here"
         ) from error
     if not (inspect.isclass(found) and issubclass(found, contract)):
-        raise ConfigError(f"{kind} {name!r} must be a class derived from {contract.__name__}")
+        bases = contract if isinstance(contract, tuple) else (contract,)
+        wanted = " or ".join(base.__name__ for base in bases)
+        raise ConfigError(f"{kind} {name!r} must be a class derived from {wanted}")
     return found

@@ -1,6 +1,7 @@
 """The command line as its users meet it: what it prints, and with which exit status."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -206,15 +207,23 @@ def test_a_run_folder_holds_the_resolved_configuration(files):
         assert written["optim"]["betas"] == [0.9, 0.999]  # a default, written down
 
 
-def test_the_mixer_of_contributing_md_runs(files, monkeypatch):
-    root = Path(__file__).parent.parent
-    text = (root / "CONTRIBUTING.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    (files / "decay.py").write_text(code)
-    monkeypatch.syspath_prepend(files)
-    done = call(*SWEEP, "--set", "mixers=['decay:Decay']")
-    assert "decay:Decay" in done.stdout
-    sys.modules.pop("decay")
+def test_the_examples_of_contributing_md_pass_and_run_from_the_users_folder(files):
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    mixer, task = re.findall(r"```python\n(.*?)```", text, re.S)
+    (files / "decay.py").write_text(mixer)
+    (files / "parity.py").write_text(task)
+    (files / "parity.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
+    script = Path(sys.executable).with_name("mad-efla")
+    for arguments, expected in (
+        (["check", "decay:Decay"], "holds"),
+        (["check", "parity:Parity"], "holds"),
+        ([*SWEEP, "--set", "mixers=['decay:Decay']"], "decay:Decay"),
+        (["sweep", "parity.yaml", *SWEEP[2:]], "parity:Parity, plan plan"),
+    ):
+        done = subprocess.run([script, *arguments], capture_output=True, text=True, cwd=files)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+        assert "FAILS" not in done.stdout
 
 
 def test_bench_shows_a_ratio_for_each_mixer(files):
