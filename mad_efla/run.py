@@ -26,11 +26,22 @@ from mad_efla.tasks import Task
 NUMBERS = 1
 """Raised when a change to the code moves the result of an unchanged configuration."""
 
-Protocol = Literal["mad", "mad-lab", "quick", "custom"]
+Protocol = Literal["mad", "mad-lab", "mad-mini", "quick", "custom", "unmatched"]
 
 # What a protocol's name promises. A run that departs from it must be called `custom`.
 PROTOCOLS: dict[str, dict[str, tuple[Any, ...]]] = {
     "quick": {"train.loss": ("answers",), "train.select_split": ("validation",)},
+    "mad-mini": {
+        "model.width": (128,),
+        "model.depth": (2,),
+        "model.channel": ("swiglu",),
+        "optim.lr": (1e-3, 5e-3),
+        "optim.weight_decay": (0.0,),
+        "optim.schedule": ("cosine",),
+        "train.steps": (1000,),
+        "train.loss": ("answers",),
+        "train.select_split": ("validation",),
+    },
     "mad": {
         "model.width": (128,),
         "model.depth": (2,),

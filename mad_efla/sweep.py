@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from mad_efla import config, model
-from mad_efla.config import ConfigError, Document, Section, validate
+from mad_efla import config, grid, model
+from mad_efla.config import ConfigError, Document, validate
 from mad_efla.run import DataConfig, Protocol, RunConfig, build, build_task
 from mad_efla.tasks import Task
 
@@ -19,8 +19,8 @@ MAX_RUNS = 100_000
 _SECTIONS = ("task", "data", "model", "optim", "train")
 
 
-class Plan(Section):
-    """Who learns, and how.
+class Plan(grid.Points):
+    """Who learns, and how; what is varied beside it is in `grid.Points`.
 
     Attributes:
         about: One line for `mad-efla list plans`.
@@ -29,7 +29,6 @@ class Plan(Section):
         settings: `all` (the baseline and everything the task file varies), `baseline`, or per task
             a mapping of label to overrides.
         per_task: By task name, fields that hold for this task only.
-        grid: Field to values, cartesian.
         seeds: One run each.
     """
 
@@ -38,7 +37,6 @@ class Plan(Section):
     mixers: list[Any] = Field(min_length=1)
     settings: Literal["all", "baseline"] | dict[str, dict[str, dict[str, Any]]] = "all"
     per_task: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    grid: dict[str, list[Any]] = Field(default_factory=dict)
     seeds: list[int] = Field(default=[0], min_length=1)
 
 
@@ -82,24 +80,26 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
     plan_sets, run_sets = _split_sets(assignments)
     plan_document = config.merge(config.read(plan_file), *plan_sets)
     parsed = validate(Plan, plan_document.without(*_SECTIONS))
-    axes = _axes(parsed, plan_document, run_sets)
+    names = [_entry_name(entry) for entry in parsed.mixers]
+    protocol = _protocol(parsed, plan_document, names)
+    settled = {".".join(map(str, path)) for s in run_sets for path in s.places if path}
     task_document = config.read(task_file)
     base = _base(task_document, plan_document)
     name = base.part("task").data.get("name")
     if name in parsed.per_task:
         place = plan_document.place(("per_task", name))
         base = config.merge(base, config.from_paths(parsed.per_task[name], place))
+    points = [grid.points(parsed, plan_document, mixer, settled) for mixer in names]
     runs: dict[str, RunConfig] = {}
     for label, setting in _settings(parsed, plan_document, task_document, str(name)):
-        for entry, point, seed in itertools.product(
-            enumerate(parsed.mixers), _grid(axes), enumerate(parsed.seeds)
-        ):
-            parts = (_mixers(plan_document, *entry), *point, _seed(plan_document, *seed))
-            cell = config.merge(base, setting, *parts, *run_sets)
-            run = build(_resolve(cell, label, parsed.protocol, precision))
-            runs.setdefault(run.fingerprint, run)
+        for (index, entry), found in zip(enumerate(parsed.mixers), points, strict=True):
+            for point, seed in itertools.product(found, enumerate(parsed.seeds)):
+                parts = (_mixers(plan_document, index, entry), *point, _seed(plan_document, *seed))
+                cell = config.merge(base, setting, *parts, *run_sets)
+                run = build(_resolve(cell, label, protocol, precision))
+                runs.setdefault(run.fingerprint, run)
     sizes = _check_models(runs.values(), plan_document)
-    return Sweep(str(name), plan_file.stem, parsed.protocol, list(runs.values()), sizes)
+    return Sweep(str(name), plan_file.stem, protocol, list(runs.values()), sizes)
 
 
 class Setting(NamedTuple):
@@ -213,25 +213,22 @@ def _base(task: Document, plan: Document) -> Document:
     return config.merge(task.without("vary"), plan.without(*sections))
 
 
-def _axes(parsed: Plan, plan: Document, sets: list[Document]) -> dict[str, tuple[list[Any], str]]:
-    """Return the grid's axes with their places, less those that `--set` has settled."""
-    settled = [tuple(p) for s in sets for p in s.places if p]
-    axes = {}
-    for field, values in parsed.grid.items():
-        place = plan.place(("grid", field))
-        if not values:
-            raise ConfigError(f"{place}: grid.{field}=[] must list at least one value")
-        if tuple(field.split(".")) not in settled:
-            axes[field] = (values, place)
-    return axes
+def _entry_name(entry: Any) -> str:
+    """Name an entry of `mixers` as `per_mixer` does: `efla`, `attention+efla`."""
+    parts = entry if isinstance(entry, list) else [entry]
+    return "+".join(str(p.get("name") if isinstance(p, dict) else p) for p in parts)
 
 
-def _grid(axes: dict[str, tuple[list[Any], str]]) -> list[tuple[Document, ...]]:
-    columns = [
-        [config.from_paths({field: value}, place) for value in values]
-        for field, (values, place) in axes.items()
-    ]
-    return list(itertools.product(*columns))
+def _protocol(plan: Plan, document: Document, names: list[str]) -> Protocol:
+    grid.check(plan, document, names)
+    if not plan.unmatched:
+        return plan.protocol
+    if plan.protocol != "custom":
+        raise ConfigError(
+            f"{document.place(('unmatched',))}: unmatched=true departs from protocol "
+            f"{plan.protocol!r}, which gives all mixers one grid; leave protocol out"
+        )
+    return "unmatched"
 
 
 def _settings(

@@ -160,3 +160,20 @@ def test_mad_and_mad_lab_are_the_published_grid_on_every_setting():
         assert {(r.optim.lr, r.optim.weight_decay) for r in found.runs} == {
             (lr, wd) for lr in (1e-4, 5e-4, 1e-3) for wd in (0.0, 0.1)
         }
+
+
+def test_mad_mini_keeps_every_task_and_two_changes_of_every_axis():
+    for path in config.presets("tasks"):
+        if path.stem == "mqar":
+            continue  # no part of MAD
+        document = config.read(path)
+        runs = sweep.expand(path.stem, "mad_mini", (), "bfloat16").runs
+        assert {r.protocol for r in runs} == {"mad-mini"}
+        for field, published in document.part("vary").data.items():
+            section, key = field.split(".")
+            base = getattr(runs[0], section)
+            found = {getattr(getattr(r, section), key) for r in runs}
+            assert len(found - {getattr(base, key)}) >= 2, field
+            assert found <= {getattr(base, key), *published}, field
+        per_step = {r.train.batch_size * r.task.input_length for r in runs}
+        assert max(per_step) <= 8192
