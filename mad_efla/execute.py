@@ -1,7 +1,7 @@
 """Where runs run: local worker processes, or this process.
 
-A worker takes one run at a time, holds its lock, and writes everything into its folder; the driver
-follows by reading the folders. So a worker that is killed costs one attempt of one run.
+A worker takes one run at a time, holds a claim on it, and writes everything into its folder; the
+driver follows by reading the folders. So a worker that is killed costs one attempt of one run.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import torch
 from pebble import ProcessFuture, ProcessPool
 
 from mad_efla.config import ConfigError
+from mad_efla.lease import Fenced
 from mad_efla.run import RunConfig
 from mad_efla.store import RunFolder, Status
 from mad_efla.train import Interrupted, train
@@ -206,28 +207,32 @@ def _work(fingerprint: str, out: str, device: str, about: dict[str, str]) -> Non
 def _attempt(
     folder: RunFolder, device: str, about: dict[str, str], stop: Callable[[], bool]
 ) -> None:
-    try:
-        with _hold(folder, stop):
-            if folder.result() is None:  # another sweep may just have made it
-                folder.begin()
-                train(folder.run(), folder, device=device, environment=about, stop=stop)
-    except Interrupted as error:
-        folder.fail("interrupted", str(error), "")
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        folder.fail("failed", reason, traceback.format_exc())
+    with contextlib.suppress(Fenced), _hold(folder, stop) as held:  # a run taken over is not ours
+        if not held or folder.result() is not None:  # another sweep may just have made it
+            return
+        try:
+            folder.begin()
+            train(folder.run(), folder, device=device, environment=about, stop=stop)
+        except Interrupted as error:
+            folder.fail("interrupted", str(error), "")
+        except Fenced:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            folder.fail("failed", reason, traceback.format_exc())
 
 
 @contextlib.contextmanager
-def _hold(folder: RunFolder, stop: Callable[[], bool]) -> Iterator[None]:
-    """Hold a run's lock, waiting while another sweep makes the run."""
+def _hold(folder: RunFolder, stop: Callable[[], bool]) -> Iterator[bool]:
+    """Hold a run, waiting while another sweep makes it; yields False if told to stop waiting."""
     while True:
         with folder.lock() as free:
             if free:
-                yield
+                yield True
                 return
         if stop():
-            raise Interrupted("stopped while another sweep was making this run")
+            yield False
+            return
         time.sleep(_POLL_SECONDS)
 
 

@@ -7,14 +7,15 @@
       model.pt         the scored weights
       result.json      written last: a run with a result is done
       failure.json     why the last attempt ended without one
+      claim.N          who makes or made it, the highest number last
     runs/sweeps/<id>.json    which runs a sweep is made of
 
 Whole files are replaced atomically. What turns out broken is set aside under a name of its own and
-reported, never deleted. One process at a time holds a run, by a lock that dies with it.
+reported, never deleted. One process at a time holds a run, by a claim (`lease.py`): whoever lost
+its claim while it slept writes nothing more.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import ValidationError
 
+from mad_efla import lease
 from mad_efla.config import ConfigError, Document, Section
 from mad_efla.run import RunConfig, build
 
@@ -114,6 +116,7 @@ class RunFolder:
         self.fingerprint = fingerprint
         self.path = out / fingerprint
         self.notes: list[str] = []
+        self._claim: lease.Claim | None = None
 
     def create(self, run: RunConfig) -> None:
         """Make the folder and write the configuration into it, if it is not there."""
@@ -146,13 +149,18 @@ class RunFolder:
     def lock(self) -> Iterator[bool]:
         """Hold the run while inside; yields False if another process holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+        self._claim = lease.take(self.path)
+        try:
+            yield self._claim is not None
+        finally:
+            if self._claim:
+                self._claim.release()
+                self._claim = None
+
+    def check_claim(self) -> None:
+        """Raise `lease.Fenced` if the run was taken over from this process."""
+        if self._claim:
+            self._claim.check()
 
     def status(self) -> Status:
         """Say how the run stands, from its files and its lock."""
@@ -161,9 +169,8 @@ class RunFolder:
             return result.status
         if not self.path.exists():
             return "waiting"
-        with self.lock() as free:
-            if not free:
-                return "running"
+        if lease.is_held(self.path):
+            return "running"
         failure = self.failure()
         if failure:
             return failure.kind
@@ -181,16 +188,19 @@ class RunFolder:
 
     def begin(self) -> None:
         """Forget how the last attempt ended; a new one starts."""
+        self.check_claim()
         (self.path / "failure.json").unlink(missing_ok=True)
 
     def finish(self, result: Result) -> None:
         """Write the result; from here on the run is done."""
+        self.check_claim()
         write_json(self.path / "result.json", result.model_dump(mode="json"))
         for name in ("failure.json", "checkpoint.pt", "checkpoint.previous.pt"):
             (self.path / name).unlink(missing_ok=True)
 
     def fail(self, kind: Literal["failed", "interrupted"], reason: str, traceback: str) -> None:
         """Write why this attempt ended."""
+        self.check_claim()
         failure = Failure(kind=kind, reason=reason, traceback=traceback, time=now())
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "failure.json", failure.model_dump(mode="json"))
@@ -221,6 +231,7 @@ class RunFolder:
 
     def append(self, rows: list[Row]) -> None:
         """Append logged steps."""
+        self.check_claim()
         with (self.path / "metrics.jsonl").open("a") as file:
             file.writelines(json.dumps(row._asdict(), separators=(",", ":")) + "\n" for row in rows)
 
@@ -247,6 +258,7 @@ class RunFolder:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write where to go on, keeping the previous checkpoint until this one is safe."""
+        self.check_claim()
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
             with metrics.open("a") as file:
@@ -283,6 +295,7 @@ class RunFolder:
 
     def save_model(self, weights: dict[str, torch.Tensor]) -> None:
         """Write the scored weights."""
+        self.check_claim()
         buffer = io.BytesIO()
         torch.save(weights, buffer)
         write_bytes(self.path / "model.pt", buffer.getvalue())
