@@ -9,7 +9,8 @@ from rich.table import Table
 
 import mad_efla.mixers
 import mad_efla.tasks
-from mad_efla import config, data, plugins
+from mad_efla import config, data, model, plugins
+from mad_efla.config import ConfigError, suggest
 from mad_efla.run import build_task
 from mad_efla.sweep import Plan
 
@@ -34,6 +35,45 @@ def table(kind: str) -> Table:
             described = plugins.mixer(name)
             fields = described.Config
         found.add_row(name, _first_line(described), _fields(fields))
+    return found
+
+
+def costs(at: Iterable[str]) -> Table:
+    """Say what one layer of each mixer costs, at its defaults.
+
+    Args:
+        at: `width=N` and `seq_len=N`; each is 128 unless given.
+
+    Raises:
+        ConfigError: It is something else, or no positive integer.
+    """
+    sizes = {"width": 128, "seq_len": 128}
+    for text in at:
+        field, value = config.assignment(text, "--at")
+        if field not in sizes:
+            raise ConfigError(f"--at {text}: {field}: unknown{suggest(field, list(sizes))}")
+        if type(value) is not int or value < 1:
+            raise ConfigError(
+                f"--at {text}: {field}={value!r} must be a whole number of at least 1"
+            )
+        sizes[field] = value
+    title = f"one mixer layer at width {sizes['width']}, length {sizes['seq_len']}"
+    found = Table("name", title=title, title_justify="left")
+    for heading in ("parameters", "state", "window", "state, bytes", "FLOPs per token"):
+        found.add_column(heading, justify="right")
+    for name in plugins.names(mad_efla.mixers):
+        try:
+            size = model.mixer_size(plugins.mixer(name).Config(name=name), **sizes)
+        except ValueError as error:
+            found.add_row(name, str(error))
+            continue
+        held = size.state + size.window
+        numbers = (size.parameters, size.state, size.window, 4 * held, size.flops)
+        found.add_row(name, *(f"{n:,}" for n in numbers))
+    found.caption = (
+        "state and window: numbers carried from token to token, the window being the short "
+        "convolution's; bytes of both in float32"
+    )
     return found
 
 

@@ -131,6 +131,8 @@ def _dry_run(sweeps: "list[Sweep]", out: Path, workers: int) -> None:
     runs = []
     for found in sweeps:
         runs += found.runs
+        for line in display.matches(found.matches):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print(
             display.runs(found.runs, sweep.differences(found.runs), found.sizes), soft_wrap=True
         )
@@ -155,6 +157,8 @@ def _sweep(
     runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
     for note in store.mend(out, [r.fingerprint for r in runs]):
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    for line in dict.fromkeys(line for s in sweeps for line in display.matches(s.matches)):
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
     done = store.finished(out, [r.fingerprint for r in runs])
     records = [_record(s, out) for s in sweeps]
     interrupted = False
@@ -409,12 +413,22 @@ def data(
 
 @cli.command("list")
 @click.argument("kind", type=click.Choice(["tasks", "mixers", "plans"]))
+@click.option(
+    "--at", multiple=True, metavar="width=N",
+    help="For mixers: what a layer costs at this width, and at seq_len=N. Repeatable.",
+)  # fmt: skip
 @_says_errors
-def list_(kind: str) -> None:
-    """List the tasks, mixers or plans there are, with their fields."""
+def list_(kind: str, at: tuple[str, ...]) -> None:
+    """List the tasks, mixers or plans there are, with their fields.
+
+    \b
+    mad-efla list mixers --at width=128 --at seq_len=512
+    """
     from mad_efla import catalogue, display
 
-    display.stdout().print(catalogue.table(kind))
+    if at and kind != "mixers":
+        raise click.UsageError(f"--at {at[0]} is for mixers, not for {kind}")
+    display.stdout().print(catalogue.costs(at) if at else catalogue.table(kind))
 
 
 @cli.command()

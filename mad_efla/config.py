@@ -261,16 +261,16 @@ def from_paths(values: dict[str, Any], place: str) -> Document:
     return document
 
 
-def assignment(text: str) -> tuple[str, Any]:
-    """Read `optim.lr=0.003` as given to `--set`; the value is YAML.
+def assignment(text: str, option: str = "--set") -> tuple[str, Any]:
+    """Read `optim.lr=0.003` as given to `--set`, or to another option; the value is YAML.
 
     Raises:
         ConfigError: There is no `=`, or the value is not plain YAML.
     """
     path, sign, value = text.partition("=")
     if not sign or not path.strip():
-        raise ConfigError(f"--set {text}: must read FIELD=VALUE, as in optim.lr=0.003")
-    document = _parse(f"value: {value}", f"--set {text}")
+        raise ConfigError(f"{option} {text}: must read FIELD=VALUE, as in optim.lr=0.003")
+    document = _parse(f"value: {value}", f"{option} {text}")
     assert document is not None
     return path.strip(), document.data["value"]
 

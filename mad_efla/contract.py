@@ -149,8 +149,8 @@ def rows_are_independent(mixer: MixerUnderTest) -> None:
 
 def gradients_are_finite(mixer: MixerUnderTest) -> None:
     """Every parameter gets a finite gradient that is not zero."""
-    built = mixer.build()
-    (built(mixer.example()) * mixer.example(seed=2)).sum().backward()
+    built, x = mixer.build(), mixer.example().requires_grad_()  # it may have no parameters
+    (built(x) * mixer.example(seed=2)).sum().backward()
     for label, parameter in built.named_parameters():
         gradient = parameter.grad
         if gradient is None:
@@ -184,7 +184,8 @@ def seeds_decide_weights(mixer: MixerUnderTest) -> None:
 
 def runs_under_autocast(mixer: MixerUnderTest) -> None:
     """Under bfloat16 autocast it stays within 5 % of float64, with finite gradients."""
-    built, x = mixer.build(torch.float32), mixer.example(dtype=torch.float32)
+    built = mixer.build(torch.float32)
+    x = mixer.example(dtype=torch.float32).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = built(x)
     exact = mixer.build(torch.float32).double()(mixer.example())

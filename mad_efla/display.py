@@ -17,6 +17,7 @@ from mad_efla.leaderboard import Leaderboard
 from mad_efla.run import RunConfig
 from mad_efla.scores import Interval, Line
 from mad_efla.store import RunFolder
+from mad_efla.sweep import Match
 
 PLAIN_WIDTH = 140  # columns, where stdout is no terminal
 _PLAIN_SECONDS = 15.0  # between lines about running runs, where stderr is no terminal
@@ -215,6 +216,16 @@ def runs(found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict) -> 
         parameters, state = sizes[run.fingerprint]
         table.add_row(run.fingerprint, *values, str(run.steps), f"{parameters:,}", f"{state:,}")
     return table
+
+
+def matches(found: list[Match]) -> list[str]:
+    """Say by how much each mixer misses the equal terms of a plan."""
+    lines = []
+    for match in found:
+        what = "state per mixer layer" if match.kind == "state" else "parameters"
+        verdict = "as asked for" if not match.miss else f"{100 * match.miss:+,.1f} %"
+        lines.append(f"match {what} {match.wanted:,}: {match.mixer} has {match.found:,}, {verdict}")
+    return lines
 
 
 def leaderboard(board: Leaderboard) -> list[Table]:

@@ -10,6 +10,8 @@ belongs to the backbone is initialised here; a mixer keeps its own initialisatio
 code's autoencoder draws all weights anew, and zeroes the biases that mixers start from).
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from mad_efla import plugins
 from mad_efla.config import ConfigError
-from mad_efla.mixers import Mixer, RMSNorm
+from mad_efla.mixers import Mixer, MixerConfig, RMSNorm
 from mad_efla.run import ModelConfig, RunConfig
 
 
@@ -193,6 +195,38 @@ def check(run: RunConfig) -> Backbone:
     numbers = run.model.width * (run.task.vocabulary + run.model.width * run.model.depth)
     with torch.device("cpu" if numbers < _SMALL else "meta"):
         return build(run)
+
+
+class MixerSize(NamedTuple):
+    """What one mixer layer costs.
+
+    Attributes:
+        parameters: Trained numbers.
+        state: Numbers carried between tokens, less the window.
+        window: Numbers that its short convolution carries.
+        flops: Operations per token, see `Mixer.flops`.
+    """
+
+    parameters: int
+    state: int
+    window: int
+    flops: int
+
+
+def mixer_size(config: MixerConfig, width: int, seq_len: int) -> MixerSize:
+    """Measure a mixer at a model width and a sequence length.
+
+    Raises:
+        ValueError: It does not fit the width.
+    """
+    found = plugins.mixer(config.name)
+    with torch.random.fork_rng(devices=[]):
+        whole = bare = found(width, config)
+        if getattr(config, "conv", 0):
+            bare = found(width, config.model_copy(update={"conv": 0}))
+    state = bare.state_size(seq_len)
+    window = whole.state_size(seq_len) - state
+    return MixerSize(parameter_count(whole), state, window, whole.flops(seq_len))
 
 
 def state_size(model: Backbone, seq_len: int) -> int:

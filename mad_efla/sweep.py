@@ -16,6 +16,7 @@ from mad_efla.run import DataConfig, Protocol, RunConfig, build, build_task
 from mad_efla.tasks import Task
 
 MAX_RUNS = 100_000
+STATE_PER_LAYER = 2_048  # numbers: 8 heads of 16 x 16 at width 128
 _SECTIONS = ("task", "data", "model", "optim", "train")
 
 
@@ -30,6 +31,9 @@ class Plan(grid.Points):
             a mapping of label to overrides.
         per_task: By task name, fields that hold for this task only.
         seeds: One run each.
+        match: Equal terms to hold mixers to: `state`, 2,048 numbers per mixer layer beside the
+            windows of convolutions, or `parameters`, those of the plan's first mixer. The sweep
+            says by how much each misses.
     """
 
     about: str = ""
@@ -38,6 +42,28 @@ class Plan(grid.Points):
     settings: Literal["all", "baseline"] | dict[str, dict[str, dict[str, Any]]] = "all"
     per_task: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seeds: list[int] = Field(default=[0], min_length=1)
+    match: Literal["state", "parameters"] | None = None
+
+
+class Match(NamedTuple):
+    """How far a mixer is from the terms that a plan asks for.
+
+    Attributes:
+        mixer: The mixer's label.
+        kind: `state` or `parameters`.
+        wanted: Numbers asked for.
+        found: Numbers it has; of several settings, those farthest off.
+    """
+
+    mixer: str
+    kind: str
+    wanted: int
+    found: int
+
+    @property
+    def miss(self) -> float:
+        """What it has too much, as a share of what is asked for; negative for too little."""
+        return self.found / self.wanted - 1
 
 
 class Sweep(NamedTuple):
@@ -49,6 +75,7 @@ class Sweep(NamedTuple):
         protocol: The plan's protocol.
         runs: In the order of the plan, each once.
         sizes: Parameters and state size of each run's model, by fingerprint.
+        matches: Per mixer, how far it is from the equal terms of the plan; empty if it has none.
     """
 
     task: str
@@ -56,6 +83,7 @@ class Sweep(NamedTuple):
     protocol: str
     runs: list[RunConfig]
     sizes: dict[str, tuple[int, int]]
+    matches: list[Match]
 
     @property
     def id(self) -> str:
@@ -99,7 +127,8 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
                 run = build(_resolve(cell, label, protocol, precision))
                 runs.setdefault(run.fingerprint, run)
     sizes = _check_models(runs.values(), plan_document)
-    return Sweep(str(name), plan_file.stem, protocol, list(runs.values()), sizes)
+    matches = _matches(parsed.match, list(runs.values()), sizes)
+    return Sweep(str(name), plan_file.stem, protocol, list(runs.values()), sizes, matches)
 
 
 class Setting(NamedTuple):
@@ -296,3 +325,32 @@ def _check_models(runs: Iterable[RunConfig], plan: Document) -> dict[str, tuple[
             built[key] = (model.parameter_count(network), state)
         sizes[run.fingerprint] = built[key]
     return sizes
+
+
+def _matches(
+    kind: Literal["state", "parameters"] | None,
+    runs: list[RunConfig],
+    sizes: dict[str, tuple[int, int]],
+) -> list[Match]:
+    if kind is None:
+        return []
+    found: dict[str, Match] = {}
+    first: dict[str, int] = {}  # parameters of the first mixer, by setting
+    layers: dict[str, int] = {}
+    for run in runs:
+        if kind == "parameters":
+            size = sizes[run.fingerprint][0]
+            wanted = first.setdefault(run.setting, size)
+        else:
+            key = f"{run.mixers} {run.model.width} {run.task.input_length}"
+            if key not in layers:
+                states = [
+                    model.mixer_size(m, run.model.width, run.task.input_length).state
+                    for m in run.mixers
+                ]
+                layers[key] = round(sum(states) / len(states))
+            size, wanted = layers[key], STATE_PER_LAYER
+        match = Match(run.mixer, kind, wanted, size)
+        if abs(match.miss) >= abs(found.get(run.mixer, match).miss):
+            found[run.mixer] = match
+    return list(found.values())

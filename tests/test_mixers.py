@@ -1,14 +1,13 @@
 """One battery that every mixer passes, found by discovery."""
 
 import pytest
-import torch
-from torch import nn
 
 import mad_efla.mixers
-from mad_efla import plugins
+from mad_efla import contract, model, plugins
+from tests.mixer import L, subject
+from tests.test_cli import call
 
 NAMES = plugins.names(mad_efla.mixers)
-D, L, B = 32, 21, 3
 
 # Options worth the whole battery beside the defaults.
 VARIANTS = [(name, {}) for name in NAMES] + [
@@ -16,137 +15,43 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("efla", {"output_gate": True, "key_dim": 6, "value_dim": 10, "heads": 3}),
     ("deltanet", {"beta": "2sigmoid"}),
     ("delta", {"keys": "l2", "step": "exact", "beta": "softplus"}),
-    ("delta", {"keys": "raw", "step": "implicit"}),
+    ("delta", {"keys": "l2", "step": "exact", "decay": "joint"}),
+    ("delta", {"keys": "raw", "step": "kaczmarz", "decay": "separate", "conv": 1}),
+    ("gated_deltanet", {"conv": 0, "output_gate": True}),
+    ("gated_efla", {"conv": 0, "beta": "softplus"}),
     ("mamba2", {"conv": 0, "output_norm": False}),
     ("mamba2", {"expand": 2, "state_dim": 4}),
     ("attention", {"conv": 4, "output_norm": True}),
     ("attention", {"rotary": False}),
+    ("attention", {"window": 1}),
+    ("attention", {"window": 5, "conv": 4}),
+    ("attention", {"window": L, "rotary": False}),
+    ("linear_attention", {"normalizer": True, "output_norm": False, "conv": 0}),
+    ("linear_attention", {"key_dim": 6, "value_dim": 10, "heads": 3}),
+    ("mamba", {"expand": 2, "state_dim": 4, "dt_rank": 3}),
+    ("mamba", {"conv": 0}),
+    ("gla", {"conv": 0, "output_norm": False}),
+    ("gla", {"key_dim": 6, "value_dim": 10, "heads": 3}),
+    ("rwkv7", {"conv": 0}),
+    ("hyena", {"conv": 0, "scale": 8}),
+    ("hyena", {"bands": 1, "filter_layers": 1, "frequency": 10.0}),
 ]
 
 
-def make(name, fields, d_model=D, dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    found = plugins.mixer(name)
-    return found(d_model, found.Config(**{"name": name, **fields})).to(dtype)
+@pytest.mark.parametrize(("name", "fields"), VARIANTS)
+@pytest.mark.parametrize("promise", contract.MIXER_PROMISES, ids=lambda p: p.__name__)
+def test_every_mixer_keeps_every_promise(promise, name, fields):
+    promise(subject(name, fields))
 
 
-def example(seed=1, dtype=torch.float64):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(B, L, D, generator=rng, dtype=torch.float64).to(dtype)
+# Mixers whose state grows with the sequence, or that have none.
+NOT_FIXED = {"attention", "hyena", "identity"}
 
 
-variants = pytest.mark.parametrize(("name", "fields"), VARIANTS)
-
-
-@variants
-def test_shape_and_dtype_are_kept(name, fields):
-    for dtype in (torch.float32, torch.float64):
-        x = example(dtype=dtype)
-        y = make(name, fields, dtype=dtype)(x)
-        assert y.shape == x.shape
-        assert y.dtype == dtype
-
-
-@variants
-def test_no_output_depends_on_a_later_token(name, fields):
-    mixer, x = make(name, fields), example().requires_grad_()
-    for t in (0, 3, 15, L - 2):
-        (gradient,) = torch.autograd.grad(mixer(x)[:, t].pow(2).sum(), x)
-        assert gradient[:, t + 1 :].abs().max() == 0
-        assert gradient[:, t].abs().max() > 0
-
-
-@variants
-def test_rows_of_the_batch_are_independent(name, fields):
-    mixer, x = make(name, fields), example()
-    alone = torch.cat([mixer(row[None]) for row in x])
-    torch.testing.assert_close(mixer(x), alone, rtol=1e-12, atol=1e-12)
-
-
-@variants
-def test_every_parameter_gets_a_finite_gradient(name, fields):
-    mixer = make(name, fields)
-    (mixer(example()) * example(seed=2)).sum().backward()
-    for label, parameter in mixer.named_parameters():
-        assert parameter.grad is not None, label
-        assert torch.isfinite(parameter.grad).all(), label
-        assert parameter.grad.abs().max() > 0, label
-
-
-@variants
-def test_stepping_gives_the_parallel_output(name, fields):
-    mixer, x = make(name, fields), example()
-    state = tuple(s.double() for s in mixer.initial_state(B, x.device))
-    outputs = []
-    for t in range(L):
-        y, state = mixer.step(x[:, t], state)
-        outputs.append(y)
-    torch.testing.assert_close(torch.stack(outputs, 1), mixer(x), rtol=1e-9, atol=1e-10)
-
-
-@variants
-def test_state_size_is_what_stepping_carries(name, fields):
-    mixer, x = make(name, fields), example()
-    state = tuple(s.double() for s in mixer.initial_state(B, x.device))
-    for t in range(L):
-        _, state = mixer.step(x[:, t], state)
-    assert mixer.state_size(L) == sum(s.numel() for s in state) // B
-
-
-@variants
-def test_equal_seeds_build_equal_weights(name, fields):
-    first, second = make(name, fields, seed=3), make(name, fields, seed=3)
-    for a, b in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-@variants
-def test_runs_under_bfloat16_autocast_with_finite_gradients(name, fields):
-    mixer, x = make(name, fields, dtype=torch.float32), example(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = mixer(x)
-    exact = make(name, fields, dtype=torch.float32).double()(example())
-    assert (y.double() - exact).norm() < 0.05 * exact.norm()
-    y.float().square().mean().backward()
-    assert all(torch.isfinite(p.grad).all() for p in mixer.parameters())
-
-
-def test_default_states_of_fixed_state_mixers_are_equal():
-    for name in ("efla", "deltanet", "delta", "mamba2"):
-        mixer = make(name, {"conv": 0}, d_model=128)
-        assert mixer.state_size(128) == 2048, name
-
-
-def test_efla_and_deltanet_differ_only_in_keys_and_step():
-    efla, deltanet = make("efla", {}), make("deltanet", {})
-    for a, b in zip(efla.parameters(), deltanet.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert not torch.allclose(efla(example()), deltanet(example()))
-
-
-def test_exact_unit_keys_with_softplus_is_deltanet_with_sigmoid():
-    exact = make("delta", {"keys": "l2", "step": "exact", "beta": "softplus"})
-    sigmoid = make("deltanet", {})
-    torch.testing.assert_close(exact(example()), sigmoid(example()), rtol=1e-9, atol=1e-9)
-
-
-def test_attention_matches_torch_multihead_attention():
-    ours = make("attention", {"rotary": False, "heads": 4})
-    theirs = nn.MultiheadAttention(D, 4, bias=False, batch_first=True).double()
-    theirs.in_proj_weight.data.copy_(ours.qkv.weight)
-    theirs.out_proj.weight.data.copy_(ours.out.weight)
-    mask = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
-    x = example()
-    expected, _ = theirs(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)
-    torch.testing.assert_close(ours(x), expected, rtol=1e-10, atol=1e-12)
-
-
-def test_rotary_attention_depends_on_distance_only():
-    mixer = make("attention", {"conv": 0})
-    x = torch.cat([example()[:, :6], example()[:, :6]], dim=1)
-    q = mixer._angles(torch.tensor([2, 9]))
-    assert torch.allclose(q[1] - q[0], mixer._angles(torch.tensor([7]))[0])
-    assert not torch.allclose(mixer(x)[:, 5], mixer(x.flip(1))[:, 5])
+@pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_FIXED))
+def test_default_states_of_fixed_state_mixers_are_equal(name):
+    fields = {"conv": 0} if "conv" in plugins.mixer(name).Config.model_fields else {}
+    assert subject(name, fields, 128).build().state_size(128) == 2048
 
 
 @pytest.mark.parametrize(
@@ -156,8 +61,74 @@ def test_rotary_attention_depends_on_distance_only():
         ("mamba2", {"heads": 5}, "heads=5 must divide"),
         ("attention", {"heads": 5}, "heads=5 must divide"),
         ("attention", {"heads": 32}, "even head width"),
+        ("linear_attention", {"heads": 5}, "heads=5 must divide"),
+        ("delta", {"step": "rk2", "decay": "joint"}, "decay=joint is one exact flow, not step=rk2"),
+        ("mamba", {"dt_min": 0.2}, "dt_min=0.2 must not be above dt_max=0.1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(name, fields, message):
     with pytest.raises(ValueError, match=message):
-        make(name, fields)
+        subject(name, fields).build()
+
+
+# Width 128, length 128, by hand: weights of two axes, other parameters, state, window, mixing.
+D2 = 128 * 128
+COSTS = {
+    "attention": (4 * D2, 0, 2 * 128 * 128, 0, 4 * 128 * 129 // 2),
+    "efla": (4 * D2 + 8 * 128 + 4 * 384, 8 + 16, 2048, 3 * 384, 6 * 2048),
+    "gated_deltanet": (4 * D2 + 2 * 8 * 128 + 4 * 384, 8 + 16 + 16, 2048, 3 * 384, 7 * 2048),
+    "gla": (5 * D2 + 2 * 16 * 128 + 4 * 384, 128 + 16, 2048, 3 * 384, 5 * 2048),
+    "identity": (0, 0, 0, 0, 0),
+    "linear_attention": (4 * D2 + 4 * 384, 16, 2048, 3 * 384, 4 * 2048),
+    "mamba": (
+        3 * D2 + 40 * 128 + 8 * 128 + 4 * 128,
+        128 + 2048 + 128 + 128,
+        2048,
+        3 * 128,
+        5 * 2048,
+    ),
+    "mamba2": (128 * 296 + D2 + 4 * 160, 160 + 128 + 3 * 8, 2048, 3 * 160, 5 * 2048),
+    "rwkv7": (4 * D2 + 2 * 128 * (32 + 32 + 64), 128 * (2 + 6 + 3 + 2), 2048, 128, 9 * 2048),
+}
+COSTS |= dict.fromkeys(("delta", "deltanet", "longhorn"), COSTS["efla"])
+COSTS["gated_efla"] = COSTS["gated_deltanet"]
+# Hyena's filter (17 x 64, twice 64 x 64, 64 x 128; sines and biases) is made once for a batch.
+FILTER = 17 * 64 + 2 * 64 * 64 + 64 * 128
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_layer_costs_is_what_a_hand_computes(name):
+    found = model.mixer_size(plugins.mixer(name).Config(name=name), 128, 128)
+    if name == "hyena":
+        used, bare = 4 * D2 + 3 * 384, 6 * 64 + 384 + 128
+        transforms = 2 * (5 * 128 * 8) + 6 * 129  # 2.5 n log2 n at n = 256, twice; the product
+        expected = (used + FILTER + bare, 128 * 128, 2 * 384, 2 * used + transforms)
+    else:
+        used, other, state, window, mixing = COSTS[name]
+        expected = (used + other, state, window, 2 * used + mixing)
+    assert found == expected
+
+
+def test_costs_follow_the_sequence_where_the_state_does():
+    size = {
+        L: model.mixer_size(plugins.mixer("attention").Config(window=16), 64, L) for L in (8, 512)
+    }
+    assert (size[8].state, size[512].state) == (2 * 64 * 8, 2 * 64 * 15)
+    attended = (16 * 17 // 2 + 496 * 16) / 512  # by the mean token
+    assert size[512].flops == 2 * 4 * 64 * 64 + int(4 * 64 * attended)
+
+
+def test_the_table_of_costs_is_printed_at_a_width_and_a_length():
+    text = call("list", "mixers", "--at", "width=64", "--at", "seq_len=32").stdout
+    row = next(line for line in text.splitlines() if "attention" in line)
+    numbers = [cell.strip().replace(",", "") for cell in row.split("│")[2:-1]]
+    size = model.mixer_size(plugins.mixer("attention").Config(), 64, 32)
+    bytes_ = 4 * (size.state + size.window)
+    assert list(map(int, numbers)) == [size.parameters, size.state, size.window, bytes_, size.flops]
+    for at, message in (
+        ("depth=2", "unknown"),
+        ("width=0", "at least 1"),
+        ("width", "FIELD=VALUE"),
+    ):
+        assert message in call("list", "mixers", "--at", at, code=2).stderr
+    assert "is for mixers" in call("list", "tasks", "--at", "width=2", code=2).stderr

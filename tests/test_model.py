@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from mad_efla import config, model
+from mad_efla import config, model, sweep
 from mad_efla.run import ModelConfig
-from tests.test_mixers import make
+from tests.mixer import make
 from tests.tiny import tiny
 
 CONFIG = ModelConfig(width=32, depth=1)
@@ -86,6 +86,40 @@ def test_channels_can_be_chosen():
              ("none", "mlp", "swiglu")}  # fmt: skip
     assert sizes["none"] < sizes["mlp"]
     assert sizes["swiglu"] - sizes["none"] == 3 * 16 * 48 + 16
+
+
+def test_channel_mixers_are_their_equations_and_see_one_token():
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
+    swiglu, mlp = model.SwiGLU(24), model.MLP(24)
+    gate, value = (x @ w.T for w in swiglu.inner.weight.chunk(2))
+    assert gate.shape[-1] == 64  # 8/3 of 24
+    expected = (gate * torch.sigmoid(gate) * value) @ swiglu.out.weight.T
+    torch.testing.assert_close(swiglu(x), expected)
+    inner = mlp.inner(x)
+    assert inner.shape[-1] == 4 * 24
+    expected = mlp.out(inner * 0.5 * (1 + torch.erf(inner / 2**0.5)))
+    torch.testing.assert_close(mlp(x), expected)
+
+
+@pytest.mark.parametrize("channel", ["none", "mlp", "swiglu"])
+def test_a_plan_chooses_the_channel_mixer(channel):
+    found = sweep.expand(
+        "recall", "quick", [f"model.channel={channel}", "protocol=custom"], "float32"
+    )
+    assert {r.model.channel for r in found.runs} == {channel}
+    built = model.build(tiny(model__channel=channel, model__depth=2))
+    kinds = [type(layer).__name__ for layer in built.stack.layers]
+    between = {"none": [], "mlp": ["MLP"], "swiglu": ["SwiGLU"]}[channel]
+    assert kinds == ["EFLA", *between] * 2
+    built(torch.randint(0, 8, (2, 12))).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in built.parameters())
+
+
+def test_under_identity_a_model_maps_each_token_alone():
+    built = model.build(tiny(mixers=["identity"], model__depth=2))
+    tokens = torch.randint(0, 8, (1, 12))
+    alone = torch.cat([built(tokens[:, t : t + 1]) for t in range(12)], 1)
+    torch.testing.assert_close(built(tokens), alone)
 
 
 def test_heads_that_do_not_fit_are_a_config_error():

@@ -177,3 +177,19 @@ def test_mad_mini_keeps_every_task_and_two_changes_of_every_axis():
             assert found <= {getattr(base, key), *published}, field
         per_step = {r.train.batch_size * r.task.input_length for r in runs}
         assert max(per_step) <= 8192
+
+
+def test_a_plan_says_by_how_much_mixers_miss_equal_terms(tmp_path):
+    mixers = "mixers=[efla, attention, mamba2]"
+    found = expand(tmp_path, PLAN + "match: state\n", sets=[mixers, "model.width=128"]).matches
+    assert [(m.mixer, m.wanted, m.found) for m in found] == [
+        ("efla", 2048, 2048), ("attention", 2048, 2 * 128 * 11), ("mamba2", 2048, 2048),
+    ]  # fmt: skip
+    assert found[1].miss == pytest.approx(0.375)
+    sweeps = expand(tmp_path, PLAN + "match: parameters\n", sets=[mixers, "model.width=128"])
+    sizes = {r.mixer: sweeps.sizes[r.fingerprint][0] for r in sweeps.runs}
+    assert [(m.wanted, m.found) for m in sweeps.matches] == [
+        (sizes["efla"], sizes[m]) for m in ("efla", "attention", "mamba2")
+    ]
+    assert expand(tmp_path).matches == []
+    assert 'match="size": input should be' in refused(tmp_path, plan=PLAN + "match: size\n")

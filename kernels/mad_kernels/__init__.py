@@ -6,13 +6,16 @@ agree with it in outputs and gradients.
 
     delta_rule   S_t = exp(log_decay) (I - erase k k^T) S + write k v^T, and its family:
                  efla, deltanet, rk2, rk4, implicit, kaczmarz, gated_delta_rule, gated_efla
+    dplr         S_t = diag(exp(log_decay)) S + a (b^T S) + k v^T, a decay for every key channel
     ssd          S_t = exp(dt a) S + dt b x^T, Mamba-2's state space
     selective_scan   the same with a decay for every channel and state, Mamba's
     short_conv   causal depthwise convolution over a few tokens
     *_step       the same operators on one token and a carried state, for decoding
     phi          (1 - exp(-x)) / x with its own gradient
+    l2_normalize   rows of unit length
 
-    delta_rule/, ssd/, selective_scan/, short_conv/   operator.py (checks, dispatch), reference.py,
+    delta_rule/, dplr/, ssd/, selective_scan/, short_conv/   operator.py (checks, dispatch),
+                                     reference.py,
                                      chunked.py (torch), compiled.py over loops.py (numba)
     delta_rule/members.py            the family; unit_keys.py computes its scalars
     dispatch.py                      argument, MAD_KERNELS_BACKEND, automatic; record_backends
@@ -38,6 +41,7 @@ from mad_kernels.delta_rule import (
     implicit_step,
     kaczmarz,
     kaczmarz_step,
+    l2_normalize,
     rk2,
     rk2_step,
     rk4,
@@ -45,6 +49,7 @@ from mad_kernels.delta_rule import (
     unit_key_form,
 )
 from mad_kernels.dispatch import record_backends
+from mad_kernels.dplr import dplr, dplr_step
 from mad_kernels.phi import phi
 from mad_kernels.selective_scan import selective_scan, selective_scan_step
 from mad_kernels.short_conv import short_conv, short_conv_step
@@ -58,6 +63,8 @@ __all__ = [
     "delta_rule_step",
     "deltanet",
     "deltanet_step",
+    "dplr",
+    "dplr_step",
     "efla",
     "efla_step",
     "gated_delta_rule",
@@ -69,6 +76,7 @@ __all__ = [
     "implicit_step",
     "kaczmarz",
     "kaczmarz_step",
+    "l2_normalize",
     "phi",
     "record_backends",
     "rk2",

@@ -14,16 +14,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 VARIABLE = "MAD_KERNELS_BACKEND"
-OPERATORS = ("delta_rule", "selective_scan", "short_conv", "ssd")
+OPERATORS = ("delta_rule", "dplr", "selective_scan", "short_conv", "ssd")
+_HAS_NUMBA = find_spec("numba") is not None
 _HAS_TRITON = find_spec("triton") is not None
-_WIDEST_HEAD = 128  # a state that still fits into the registers of one program
+_WIDEST_STATE = 128  # a state that still fits into the registers of one program
 
 _recorders: ContextVar[tuple[set[str], ...]] = ContextVar("mad_kernels_recorders", default=())
 
@@ -46,16 +46,23 @@ def record_backends() -> Iterator[set[str]]:
         _recorders.reset(token)
 
 
-def runs_compiled_loops(x: Tensor) -> bool:
+def runs_compiled_loops(x: Tensor, *, opaque: bool = False) -> bool:
     """Tell whether the numba backends can take a tensor: numba is there, and `x` is on the CPU.
 
-    False while torch.compile traces: it cannot look into loops that another compiler made.
+    While torch.compile traces, which cannot look into loops that another compiler made, only those
+    that are `opaque` to it run: registered as operators of torch.
     """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and _numba_is_installed()
+    traced = torch.compiler.is_compiling() and not opaque
+    return x.device.type == "cpu" and not traced and _numba_is_installed()
 
 
-def obstacle_to_triton(x: Tensor, *widths: int) -> str | None:
-    """Tell what keeps the triton backends from a tensor and heads of these widths.
+def obstacle_to_triton(x: Tensor, *widths: int, otherwise: str = "chunked") -> str | None:
+    """Tell what keeps the triton backends from a tensor and states of these widths.
+
+    Args:
+        x: A tensor of the call.
+        widths: Of the state.
+        otherwise: The backend to take where triton cannot.
 
     Returns:
         The rest of a sentence that starts with the backend, with a cure; None where nothing does.
@@ -68,9 +75,9 @@ def obstacle_to_triton(x: Tensor, *widths: int) -> str | None:
             f"choose another backend, or interpret the kernels, TRITON_INTERPRET=1"
         )
     if x.dtype == torch.float64:
-        return "sums in float32, but the tensors are float64: cast them, or take 'chunked'"
-    if max(widths) > _WIDEST_HEAD:
-        return f"takes heads of at most {_WIDEST_HEAD}, not {max(widths)}: take 'chunked'"
+        return f"sums in float32, but the tensors are float64: cast them, or take {otherwise!r}"
+    if max(widths, default=0) > _WIDEST_STATE:
+        return f"takes widths of at most {_WIDEST_STATE}, not {max(widths)}: take {otherwise!r}"
     return None
 
 
@@ -118,9 +125,8 @@ def choose_backend(
     return backend
 
 
-@cache
 def _numba_is_installed() -> bool:
-    return find_spec("numba") is not None
+    return _HAS_NUMBA
 
 
 def _check_numba(place: str, like: Tensor | None) -> None:

@@ -16,7 +16,9 @@ Importing this module imports numba; only the compiled backends do so, and only 
 """
 
 from collections.abc import Callable
+from hashlib import sha256
 from math import factorial, log
+from pathlib import Path
 from typing import Any, no_type_check
 
 import numpy as np
@@ -53,8 +55,16 @@ class _RowModel(models.PrimitiveModel):
         super().__init__(manager, row, ir.VectorType(number, LANES))
 
 
+# numba looks at a loop's own file only to tell whether what it kept on disk is still right.
+_DIGEST = sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+
+
 def compile_loop(function: Callable) -> Callable[..., Any]:
-    """Compile a function on first use; kept on disk, where numba finds a folder it may write to."""
+    """Compile a function on first use; kept on disk, where numba finds a folder it may write to.
+
+    What is on disk is named after the function and a digest of this file, which it was made from.
+    """
+    function.__qualname__ += f"_{_DIGEST}"
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
@@ -234,3 +244,65 @@ def total(typing_context, a):
         return builder.extract_element(row, ir.Constant(ir.IntType(32), 0))
 
     return Signature(a.dtype, (a,), None), emit
+
+
+@compile_loop
+@no_type_check
+def filled(width):
+    """Round a width up to whole vectors."""
+    return -(-width // LANES) * LANES
+
+
+@compile_loop
+@no_type_check
+def gather(x, b, first, h, T, into, W):
+    """Copy a head's chunk out of [B L H D] into rows of W, filled up with zeros."""
+    _, L, H, D = x.shape
+    flat = x.reshape(x.size)
+    for t in range(T):
+        into[t * W + D : (t + 1) * W] = 0
+        copy(into, t * W, flat, ((b * L + first + t) * H + h) * D, D)
+
+
+@compile_loop
+@no_type_check
+def scatter(x, W, into, b, first, h, T):
+    """Copy rows of W to a head's chunk of [B L H D]."""
+    _, L, H, D = into.shape
+    flat = into.reshape(into.size)
+    for t in range(T):
+        copy(flat, ((b * L + first + t) * H + h) * D, x, t * W, D)
+
+
+@compile_loop
+@no_type_check
+def to_slabs(matrix, S, rows):
+    """Lay out a matrix in slabs of 32 columns, one after another, filled up with zeros."""
+    S[:] = 0
+    D = matrix.shape[1]
+    flat = matrix.reshape(matrix.size)
+    for j in range(0, D, LANES):
+        for i in range(matrix.shape[0]):
+            copy(S, j * rows + i * LANES, flat, i * D + j, min(LANES, D - j))
+
+
+@compile_loop
+@no_type_check
+def from_slabs(S, matrix, rows):
+    """Undo `to_slabs`."""
+    D = matrix.shape[1]
+    flat = matrix.reshape(matrix.size)
+    for j in range(0, D, LANES):
+        for i in range(matrix.shape[0]):
+            copy(flat, i * D + j, S, j * rows + i * LANES, min(LANES, D - j))
+
+
+@compile_loop
+@no_type_check
+def to_slabs_turned(matrix, S, rows):
+    """Lay out the transpose of a matrix in slabs of 32 columns, filled up with zeros."""
+    S[:] = 0
+    for i in range(matrix.shape[0]):
+        at = (i // LANES) * rows * LANES + i % LANES
+        for j in range(matrix.shape[1]):
+            S[at + j * LANES] = matrix[i, j]

@@ -11,13 +11,14 @@ Source: arXiv 2512.12602v4, Eq. 15 (the step size alpha); series and ranges are 
 """
 
 from math import factorial
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mad_kernels.checks import working_dtype
+from mad_kernels.custom_ops import first_order_only
 
 # phi'(x) = sum_n (-1)^(n+1) (n+1)/(n+2)! x^n. Twelve terms give 4e-10 at x = 1; float64 takes 20.
 _SLOPE_SERIES = [(-1) ** (n + 1) * (n + 1) / factorial(n + 2) for n in range(20)]
@@ -55,14 +56,28 @@ def phi_slope(x: Tensor) -> Tensor:
 
 
 class _Phi(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
+    @no_type_check
+    def forward(x):
         return phi_value(x.to(working_dtype(x))).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @no_type_check
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @no_type_check
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        wide = working_dtype(x)
-        return (grad.to(wide) * phi_slope(x.to(wide))).to(x.dtype)
+        return _pull(grad, *ctx.saved_tensors)
+
+
+@no_type_check
+def _backward(grad, x):
+    wide = working_dtype(x)
+    return (grad.to(wide) * phi_slope(x.to(wide))).to(x.dtype)
+
+
+_pull = first_order_only(_backward, "phi", "write it in plain torch")

@@ -8,8 +8,9 @@ What every mixer promises, and one test battery holds:
 - `state_size` is the number of values `step` carries from one token to the next.
 """
 
+import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mad_efla.config import Section
+from mad_efla.dynamics import AttentionTrace, Dynamics
+from mad_kernels import short_conv, short_conv_step
 
 State = tuple[Tensor, ...]
 """What a mixer carries between tokens; the first axis of every tensor is the batch."""
@@ -38,6 +41,78 @@ class RMSNorm(nn.RMSNorm):
         """Normalise the last axis."""
         assert self.weight is not None
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class ShortConv(nn.Module):
+    """A causal depthwise convolution over a few tokens, and its window.
+
+    Args:
+        channels: Channels D.
+        taps: Tokens seen, the present one included; 0 leaves only the activation.
+        bias: Add one number per channel.
+        activation: Applied to the output.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        taps: int,
+        *,
+        bias: bool = False,
+        activation: Literal["silu"] | None = None,
+    ):
+        super().__init__()
+        self.channels, self.taps = channels, taps
+        self.activation: Literal["silu"] | None = activation
+        self.weight = nn.Parameter(torch.empty(channels, taps)) if taps else None
+        self.bias = nn.Parameter(torch.empty(channels)) if taps and bias else None
+        for p in self.parameters():
+            nn.init.uniform_(p, -(taps**-0.5), taps**-0.5)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """Convolve along L."""
+        if self.weight is None:
+            return self._activate(x)
+        return short_conv(x, self.weight, self.bias, activation=self.activation)[0]
+
+    def initial_state(self, batch: int, device: torch.device) -> State:
+        """Return the empty window: one tensor, or none where there are no taps."""
+        if self.weight is None:
+            return ()
+        return (torch.zeros(batch, self.channels, self.taps - 1, device=device),)
+
+    def step(self, x: Float[Tensor, "B D"], state: State) -> tuple[Float[Tensor, "B D"], State]:
+        """Convolve one more token."""
+        if self.weight is None:
+            return self._activate(x), ()
+        y, window = short_conv_step(x, self.weight, self.bias, *state, activation=self.activation)
+        return y, (window,)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return x if self.activation is None else F.silu(x)
+
+
+def step_size_bias(n: int, low: float = 1e-3, high: float = 0.1) -> Float[Tensor, " n"]:
+    """Draw biases whose softplus, a step size, is log-uniform in [low, high].
+
+    Raises:
+        ValueError: If `low` is above `high`.
+
+    Source: Gu and Dao 2023, arXiv 2312.00752, section 3.6.
+    """
+    if low > high:
+        raise ValueError(f"dt_min={low} must not be above dt_max={high}; swap them")
+    dt = torch.empty(n).uniform_(math.log(low), math.log(high)).exp()
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def in_full(module: nn.Module, x: Tensor) -> Tensor:
+    """Apply a module in the precision of its weights, whatever autocast says.
+
+    For gates: bfloat16 has three digits, and a gate multiplies itself along L.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return module(x.to(next(module.parameters()).dtype))
 
 
 class Mixer(nn.Module, ABC, Generic[ConfigT]):
@@ -69,6 +144,31 @@ class Mixer(nn.Module, ABC, Generic[ConfigT]):
     @abstractmethod
     def step(self, x: Float[Tensor, "B D"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """Mix one more token."""
+
+    def dynamics(self, x: Float[Tensor, "B L D"]) -> Dynamics | AttentionTrace | None:
+        """Return how the memory moves on this input, for `mad_efla.spectrum`.
+
+        Mixers with a state of fixed size, and attention, override this; None is neither.
+        """
+        del x
+        return None
+
+    def flops(self, seq_len: int) -> int:
+        """Count floating-point operations per token of `forward`, the mean over `seq_len` tokens.
+
+        Two for each multiply-add; what is elementwise (norms, gates, activations) is left out.
+        Every weight of two axes is used once per token; the rest is `mixing_flops`.
+        """
+        weights = sum(p.numel() for p in self.parameters() if p.ndim > 1)
+        return 2 * weights + self.mixing_flops(seq_len)
+
+    def mixing_flops(self, seq_len: int) -> int:
+        """Count the operations per token by which tokens meet.
+
+        A state that is read, erased and written, two operations per number for each of these,
+        unless a mixer says otherwise.
+        """
+        return 6 * self.state_size(seq_len)
 
     def state_size(self, seq_len: int) -> int:
         """Count the numbers carried to token `seq_len`, convolution included.

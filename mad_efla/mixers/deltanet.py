@@ -17,8 +17,9 @@ class DeltaNet(Delta):
     """The Euler step on unit keys."""
 
     class Config(Delta.Config):
-        """Fields of DeltaNet: those of the delta family, with keys and step fixed."""
+        """Fields of DeltaNet: those of the delta family, with keys, step and decay fixed."""
 
         name: Literal["deltanet"] = "deltanet"
         keys: Literal["l2"] = "l2"
         step: Literal["euler"] = "euler"
+        decay: Literal["none"] = "none"

@@ -20,8 +20,9 @@ class EFLA(Delta):
     """The exact step on raw keys."""
 
     class Config(Delta.Config):
-        """Fields of EFLA: those of the delta family, with keys and step fixed."""
+        """Fields of EFLA: those of the delta family, with keys, step and decay fixed."""
 
         name: Literal["efla"] = "efla"
         keys: Literal["raw"] = "raw"
         step: Literal["exact"] = "exact"
+        decay: Literal["none"] = "none"

@@ -11,7 +11,6 @@ Departure: `expand` is 1 by default and state_dim 16, so that 8 heads of 16 x 16
 numbers as the delta family's; the authors' block is `expand: 2, state_dim: 64` and more.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -21,8 +20,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, State
-from mad_kernels import short_conv, short_conv_step, ssd, ssd_step
+from mad_efla.dynamics import Dynamics
+from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, ShortConv, State, step_size_bias
+from mad_kernels import ssd, ssd_step
 
 
 class Mamba2(Mixer):
@@ -62,24 +62,13 @@ class Mamba2(Mixer):
         self.norm = RMSNorm(self.inner, eps=1e-5) if config.output_norm else None
         self.d = nn.Parameter(torch.ones(H))
         self.a_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
-        dt = torch.empty(H).uniform_(low, high).exp()
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus inverted
-        self.conv = None
-        if config.conv:
-            self.conv = nn.Parameter(torch.empty(self.widths[1], config.conv))
-            self.conv_bias = nn.Parameter(torch.empty(self.widths[1]))
-            for p in (self.conv, self.conv_bias):
-                nn.init.uniform_(p, -(config.conv**-0.5), config.conv**-0.5)
+        self.dt_bias = nn.Parameter(step_size_bias(H, config.dt_min, config.dt_max))
+        self.conv = ShortConv(self.widths[1], config.conv, bias=True, activation="silu")
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Mix along L with the matrix form."""
         z, xbc, dt = self.inp(x).split(self.widths, dim=-1)
-        if self.conv is None:
-            xbc = F.silu(xbc)
-        else:
-            xbc, _ = short_conv(xbc, self.conv, self.conv_bias, activation="silu")
-        u, b, c = self._parts(xbc)
+        u, b, c = self._parts(self.conv(xbc))
         y, _ = ssd(u, self._dt(dt), -self.a_log.exp(), b, c)
         return self._output(y, u, z)
 
@@ -87,21 +76,28 @@ class Mamba2(Mixer):
         """Return a zero state per head and the empty window of the convolution."""
         H, N = self.config.heads, self.config.state_dim
         S = torch.zeros(batch, H, N, self.inner // H, device=device)
-        if self.conv is None:
-            return (S,)
-        return S, torch.zeros(batch, self.widths[1], self.config.conv - 1, device=device)
+        return S, *self.conv.initial_state(batch, device)
 
     def step(self, x: Float[Tensor, "B D"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """Mix one more token."""
         z, xbc, dt = self.inp(x).split(self.widths, dim=-1)
-        if self.conv is None:
-            window, xbc = (), F.silu(xbc)
-        else:
-            xbc, past = short_conv_step(xbc, self.conv, self.conv_bias, state[1], activation="silu")
-            window = (past,)
+        xbc, window = self.conv.step(xbc, state[1:])
         u, b, c = self._parts(xbc)
         y, S = ssd_step(u, self._dt(dt), -self.a_log.exp(), b, c, state[0])
         return self._output(y, u, z), (S, *window)
+
+    def dynamics(self, x: Float[Tensor, "B L D"]) -> Dynamics:
+        """Return how the state moves."""
+        _, xbc, dt = self.inp(x).split(self.widths, dim=-1)
+        u, b, c = self._parts(self.conv(xbc))
+        dt = self._dt(dt)[..., None]
+        k = dt * b
+        log_decay = -dt * self.a_log.exp()[:, None]
+        return Dynamics(log_decay=log_decay.expand(k.shape), k=k, v=u, q=c.expand(k.shape))
+
+    def mixing_flops(self, seq_len: int) -> int:
+        """Count: decay one, write and read two each per number of state."""
+        return 5 * self.inner * self.config.state_dim
 
     def _parts(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         N = self.config.state_dim

@@ -118,3 +118,28 @@ def test_an_input_changed_before_the_backward_is_noticed():
     k.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         o.sum().backward()
+
+
+def test_a_change_of_the_row_operations_is_not_answered_from_disk(tmp_path):
+    lanes = (KERNELS / "mad_kernels" / "lanes.py").read_text()
+    (tmp_path / "loop.py").write_text(
+        "from lanes import aligned_zeros, compile_loop, load, mul, store\n"
+        "@compile_loop\n"
+        "def run(x):\n"
+        "    store(x, 0, mul(load(x, 0), load(x, 0)))\n"
+    )
+    script = (
+        "import numpy, loop; x = numpy.full(32, 3.0); loop.run(x);"
+        "print(x[0], sum(loop.run.stats.cache_hits.values()))"
+    )
+    seen = []
+    for operation in ("fmul", "fmul", "fadd"):
+        (tmp_path / "lanes.py").write_text(
+            lanes.replace("builder.fmul(*", f"builder.{operation}(*")
+        )
+        command = [sys.executable, "-c", script]
+        environment = {"PYTHONPATH": str(tmp_path), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        seen.append(done.stdout.split())
+    assert seen == [["9.0", "0"], ["9.0", "1"], ["6.0", "0"]]

@@ -12,6 +12,8 @@ import torch
 from torch.nn.functional import normalize, softplus
 
 import mad_kernels as mk
+from mad_kernels import dispatch
+from mad_kernels.delta_rule import l2_normalize
 from mad_kernels.delta_rule.chunked import unit_lower_inverse
 from mad_kernels.delta_rule.reference import delta_rule_token
 
@@ -288,7 +290,7 @@ def test_second_order_gradients_are_refused(backend):
     q.requires_grad_()
     o, _ = mk.delta_rule(q, k, v, erase, write, backend=backend)
     (grad,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="first-order gradients only"):
         grad.sum().backward()
 
 
@@ -615,6 +617,56 @@ def test_unit_key_form_is_alpha_split_over_a_unit_key(step):
     torch.testing.assert_close(key.norm(dim=-1), torch.ones_like(beta))
     torch.testing.assert_close(erase, alpha * lambda_)
     torch.testing.assert_close(write[..., None] * key, alpha[..., None] * k)
+
+
+# ---- unit keys in one pass
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("width", [1, 16, 31, 32, 33, 100])
+def test_unit_vectors_and_their_gradients_are_right_at_any_width(width, dtype, numba, monkeypatch):
+    monkeypatch.setattr(dispatch, "_HAS_NUMBA", numba)
+    g = generator(11)
+    x = torch.randn(3, 5, width, generator=g, dtype=torch.float64).to(dtype)
+    x[0, 0], x[1, 1], x[2, 2] = 0, x[1, 1] * 1e-9, x[2, 2] * 1e6
+    pull = torch.randn(x.shape, generator=g, dtype=torch.float64)
+    results = []
+    for run, dtype_ in ((l2_normalize, dtype), (normalize, torch.float64)):
+        leaf = x.to(dtype_).requires_grad_()
+        y = run(leaf) if run is l2_normalize else normalize(leaf, dim=-1, eps=1e-6)
+        results.append([y.detach(), *torch.autograd.grad(y, leaf, pull.to(dtype_))])
+    # Along a long vector the gradient cancels: what is left has the size of the pull's rounding.
+    scale = pull.norm(dim=-1, keepdim=True) / x.double().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    error = [(z.double() - w).abs() for z, w in zip(*results, strict=True)]
+    assert results[0][0].dtype == dtype
+    assert error[0].max() <= TOLERANCE[dtype]
+    assert (error[1] <= TOLERANCE[dtype] * scale).all()
+
+
+def test_a_vector_that_is_not_finite_leaves_the_others_alone():
+    x = torch.randn(4, 40, generator=generator(12))
+    want = l2_normalize(x)
+    x[1, 39], x[2, 3] = torch.nan, torch.inf
+    got = l2_normalize(x.requires_grad_())
+    (slope,) = torch.autograd.grad(got.sum(), x)
+    assert torch.equal(got[[0, 3]], want[[0, 3]])
+    assert torch.isfinite(slope[[0, 3]]).all()
+    assert got[1].isnan().all()
+
+
+@pytest.mark.parametrize("step", mk.STEPS)
+def test_steps_of_loops_and_of_torch_agree(step, monkeypatch):
+    tensors = family_inputs(20, "spread" if step not in ("rk2", "rk4") else "zeros")
+    results = []
+    for numba in (True, False):
+        monkeypatch.setattr(dispatch, "_HAS_NUMBA", numba)
+        k, beta = (x.clone().requires_grad_() for x in (tensors[1], tensors[3]))
+        form = mk.unit_key_form(k, beta, step)
+        pulls = [torch.ones_like(x) for x in form]
+        results.append([*form, *torch.autograd.grad(form, (k, beta), pulls)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", FAST)

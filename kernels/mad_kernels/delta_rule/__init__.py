@@ -24,6 +24,7 @@ from mad_kernels.delta_rule.unit_keys import (
     Step,
     UnitKeyForm,
     gated_unit_key_form,
+    l2_normalize,
     unit_key_form,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "implicit_step",
     "kaczmarz",
     "kaczmarz_step",
+    "l2_normalize",
     "rk2",
     "rk2_step",
     "rk4",

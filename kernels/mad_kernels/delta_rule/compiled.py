@@ -5,75 +5,71 @@ per head L (2 Dk + 2 Dv) + (L/C) Dk Dv numbers. Two calls on equal inputs give e
 the loops were compiled now or long ago; another kind of processor may round differently.
 """
 
+from typing import no_type_check
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mad_kernels.checks import working_dtype
+from mad_kernels.delta_rule.passes import register_passes, room_backward, room_forward
 
-# Tokens between two kept states. Longer costs cache under decay, shorter costs memory.
-_CHUNK = 64
+# Tokens between two kept states. Under decay a chunk's states are all held at once, in the cache.
+_CHUNK, _CHUNK_WITH_DECAY = 128, 64
 
 
 def delta_rule_compiled(
     q: Float[Tensor, "B L H Dk"],
     k: Float[Tensor, "B L H Dk"],
     v: Float[Tensor, "B L H Dv"],
-    erase: Float[Tensor, "B L H"],
+    erase: Float[Tensor, "B L H"] | None,
     write: Float[Tensor, "B L H"],
     log_decay: Float[Tensor, "B L H"] | None,
     state: Float[Tensor, "B H Dk Dv"],
     chunk: int | None,
 ) -> tuple[Float[Tensor, "B L H Dv"], Float[Tensor, "B H Dk Dv"]]:
-    """Apply the delta rule token by token; arguments as in `delta_rule`, already checked."""
-    inputs = (q, k, v, erase, write, log_decay, state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return _CompiledDeltaRule.apply(*inputs, chunk or _CHUNK, keep)
+    """Apply the delta rule token by token; arguments as in `delta_rule`, already checked.
+
+    An erase that is None erases nothing.
+    """
+    chunk = chunk or (_CHUNK if log_decay is None else _CHUNK_WITH_DECAY)
+    C = max(1, min(chunk, v.shape[1]))
+    return _run(q, k, v, erase, write, log_decay, state, C)
 
 
-class _CompiledDeltaRule(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, erase, write, log_decay, state, chunk, keep):
-        from mad_kernels.delta_rule import loops  # brings numba, which takes its time
+@no_type_check
+def _forward(q, k, v, erase, write, log_decay, state, C, save):
+    from mad_kernels.delta_rule import loops  # brings numba, which takes its time
 
-        (B, L, H, Dk), Dv = k.shape, v.shape[-1]
-        wide = working_dtype(v)
-        inputs = (q, k, v, erase, write, log_decay, state)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        ctx.set_materialize_grads(False)
-        ctx.chunk = max(1, min(chunk, L))
-        n = -(-L // ctx.chunk)
-        tensors = [x.detach().to(wide).contiguous() for x in (q, k, v, erase, write)]
-        decay = None if log_decay is None else log_decay.detach().to(wide).exp().contiguous()
-        S = state.detach().to(wide).contiguous()
-        o, final = torch.empty_like(tensors[2]), torch.empty_like(S)
-        updates = o.new_empty(o.shape if keep else (0, 0, 0, 0))
-        states = o.new_empty((B, H, n, Dk, Dv) if keep else (0, 0, 0, 0, 0))
-        loops.forward(*_arrays(*tensors, decay, S), ctx.chunk, *_arrays(o, final, updates, states))
-        ctx.save_for_backward(*tensors, decay, states, updates)
-        return o.to(v.dtype), final
+    results = room_forward(q, k, v, erase, write, log_decay, state, C, save, inverts=False)
+    e, decay = _scalars(erase, write, log_decay)
+    loops.forward(*_arrays(q, k, v, e, write, decay, state), C, *_arrays(*results[:-1]))
+    return results
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out, d_state):
-        from mad_kernels.delta_rule import loops
 
-        *tensors, decay, states, updates = ctx.saved_tensors
-        _, k, v, *_ = tensors
-        B, _, H, Dk = k.shape
-        d_out = torch.zeros_like(v) if d_out is None else d_out.to(v.dtype).contiguous()
-        if d_state is None:
-            d_state = v.new_zeros(B, H, Dk, v.shape[-1])
-        d_state = d_state.to(v.dtype).contiguous()
-        grads = [torch.empty_like(x) for x in tensors]
-        d_log_decay = None if decay is None else torch.zeros_like(decay)
-        grads += [d_log_decay, torch.empty_like(d_state)]
-        inputs = _arrays(*tensors, decay, states, updates, d_out, d_state)
-        loops.backward(*inputs, ctx.chunk, *_arrays(*grads))
-        cast = [x if x is None else x.to(d) for x, d in zip(grads, ctx.dtypes, strict=True)]
-        return *cast, None, None
+@no_type_check
+def _backward(q, k, v, erase, write, log_decay, U, states, T, d_o, d_final, C):
+    from mad_kernels.delta_rule import loops
+
+    grads = room_backward(q, k, v, erase, write, log_decay, U, states, T, d_o, d_final, C)
+    e, decay = _scalars(erase, write, log_decay)
+    inputs = _arrays(q, k, v, e, write, decay, states, U, d_o, d_final)
+    d_q, d_k, d_v, d_erase, d_write, d_log_decay, d_state = grads
+    de = torch.empty_like(e) if erase is None else d_erase
+    dg = None if log_decay is None else d_log_decay.zero_()
+    loops.backward(*inputs, C, *_arrays(d_q, d_k, d_v, de, d_write, dg, d_state))
+    return grads
+
+
+def _scalars(
+    erase: Tensor | None, write: Tensor, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Give erase and decay as the loops read them."""
+    e = torch.zeros_like(write) if erase is None else erase
+    return e, None if log_decay is None else log_decay.exp()
 
 
 def _arrays(*tensors: Tensor | None) -> list:
-    return [None if x is None else x.numpy() for x in tensors]
+    return [None if x is None else x.detach().contiguous().numpy() for x in tensors]
+
+
+_run = register_passes("numba", _forward, _backward, inverts=False)

@@ -34,12 +34,17 @@ from mad_kernels.lanes import (
     add,
     aligned_zeros,
     compile_loop,
-    copy,
+    filled,
     fma,
+    from_slabs,
+    gather,
     load,
     mul,
+    scatter,
     spread,
     store,
+    to_slabs,
+    to_slabs_turned,
     total,
 )
 
@@ -50,7 +55,7 @@ def forward(q, k, v, e, w, g, state, C, o, final, U, states):
     """Fill `o` and `final`; and, unless `states` is empty, `U` and S^T before each chunk."""
     B, L, H, Dk = k.shape
     Dv = v.shape[3]
-    Wk, Wv = _filled(Dk), _filled(Dv)
+    Wk, Wv = filled(Dk), filled(Dv)
     rows = Dk + Dk % 2
     size = rows * Wv
     dtype = v.dtype
@@ -59,25 +64,25 @@ def forward(q, k, v, e, w, g, state, C, o, final, U, states):
     S = aligned_zeros(H * size, dtype)
     for b in range(B):
         for h in range(H):
-            _to_slabs(state[b, h], S[h * size : (h + 1) * size], rows)
+            to_slabs(state[b, h], S[h * size : (h + 1) * size], rows)
         for c in range(-(-L // C)):
             first = c * C
             T = min(C, L - first)
             for h in range(H):
-                _gather(q, b, first, h, T, Q, Wk)
-                _gather(k, b, first, h, T, K, Wk)
-                _gather(v, b, first, h, T, V, Wv)
+                gather(q, b, first, h, T, Q, Wk)
+                gather(k, b, first, h, T, K, Wk)
+                gather(v, b, first, h, T, V, Wv)
                 own = S[h * size : (h + 1) * size]
                 if states.size:
-                    _from_slabs(own, states[b, h, c], rows)
+                    from_slabs(own, states[c, b, h], rows)
                 for j in range(0, Wv, LANES):
                     slab = own[j * rows : (j + LANES) * rows]
                     _read(slab, rows, Q, K, V, out, e, w, g, b, first, h, T, j, Wk, Wv)
-                _scatter(out, Wv, o, b, first, h, T)
+                scatter(out, Wv, o, b, first, h, T)
                 if states.size:
-                    _scatter(V, Wv, U, b, first, h, T)
+                    scatter(V, Wv, U, b, first, h, T)
         for h in range(H):
-            _from_slabs(S[h * size :], final[b, h], rows)
+            from_slabs(S[h * size :], final[b, h], rows)
 
 
 @compile_loop
@@ -123,7 +128,7 @@ def backward(q, k, v, e, w, g, states, U, d_out, d_final, C, dq, dk, dv, de, dw,
     """Fill the gradients `dq` to `d_initial`; dg, by log_decay, has to come in as zeros."""
     B, L, H, Dk = k.shape
     Dv = v.shape[3]
-    Wk, Wv = _filled(Dk), _filled(Dv)
+    Wk, Wv = filled(Dk), filled(Dv)
     rows, columns = Dk + Dk % 2, Dv + Dv % 2
     size, turned = rows * Wv, columns * Wk
     dtype = v.dtype
@@ -138,16 +143,16 @@ def backward(q, k, v, e, w, g, states, U, d_out, d_final, C, dq, dk, dv, de, dw,
     walk = aligned_zeros((1 if g is None else C + 1) * columns * LANES, dtype)
     for b in range(B):
         for h in range(H):
-            _to_slabs(d_final[b, h], dS[h * size : (h + 1) * size], rows)
-            _to_slabs_turned(d_final[b, h], dSt[h * turned : (h + 1) * turned], columns)
+            to_slabs(d_final[b, h], dS[h * size : (h + 1) * size], rows)
+            to_slabs_turned(d_final[b, h], dSt[h * turned : (h + 1) * turned], columns)
         for c in range(-(-L // C) - 1, -1, -1):
             first = c * C
             T = min(C, L - first)
             for h in range(H):
-                _gather(q, b, first, h, T, Q, Wk)
-                _gather(k, b, first, h, T, K, Wk)
-                _gather(U, b, first, h, T, u, Wv)
-                _gather(d_out, b, first, h, T, do, Wv)
+                gather(q, b, first, h, T, Q, Wk)
+                gather(k, b, first, h, T, K, Wk)
+                gather(U, b, first, h, T, u, Wv)
+                gather(d_out, b, first, h, T, do, Wv)
                 # Behind the chunk lie old numbers: times zero they vanish, if they are finite.
                 K[T * Wk : (T + 1) * Wk] = 0
                 R[T * Wv : (T + 1) * Wv] = 0
@@ -155,7 +160,7 @@ def backward(q, k, v, e, w, g, states, U, d_out, d_final, C, dq, dk, dv, de, dw,
                     at = h * size + j * rows
                     slab = dS[at : at + rows * LANES]
                     _pull(slab, rows, Q, K, do, du, R, e, g, b, first, h, T, j, Wk, Wv)
-                _to_slabs_turned(states[b, h, c], St, columns)
+                to_slabs_turned(states[c, b, h], St, columns)
                 for i in range(0, Wk, LANES):
                     walk[: columns * LANES] = St[i * columns : (i + LANES) * columns]
                     _replay(walk, columns, K, u, do, du, Z, dQ, g, b, first, h, T, i, Wk, Wv)
@@ -164,13 +169,13 @@ def backward(q, k, v, e, w, g, states, U, d_out, d_final, C, dq, dk, dv, de, dw,
                     _pull_turned(
                         slab, columns, walk, Q, K, u, do, R, dK, g, dg, b, first, h, T, i, Wk, Wv
                     )
-                _gather(v, b, first, h, T, do, Wv)
+                gather(v, b, first, h, T, do, Wv)
                 _finish(K, do, e, w, Z, dK, du, b, first, h, T, Wk, Wv, de, dw)
-                _scatter(dQ, Wk, dq, b, first, h, T)
-                _scatter(dK, Wk, dk, b, first, h, T)
-                _scatter(du, Wv, dv, b, first, h, T)
+                scatter(dQ, Wk, dq, b, first, h, T)
+                scatter(dK, Wk, dk, b, first, h, T)
+                scatter(du, Wv, dv, b, first, h, T)
         for h in range(H):
-            _from_slabs(dS[h * size :], d_initial[b, h], rows)
+            from_slabs(dS[h * size :], d_initial[b, h], rows)
 
 
 @compile_loop
@@ -306,63 +311,3 @@ def _finish(K, V, e, w, Z, dK, du, b, first, h, T, Wk, Wv, de, dw):
             by_write = fma(update, load(V, j), by_write)
             store(du, j, mul(write, update))
         de[b, first + t, h], dw[b, first + t, h] = -total(by_erase), total(by_write)
-
-
-@compile_loop
-@no_type_check
-def _filled(width):
-    return -(-width // LANES) * LANES
-
-
-@compile_loop
-@no_type_check
-def _gather(x, b, first, h, T, into, W):
-    """Copy a head's chunk out of [B L H D] into rows of W, filled up with zeros."""
-    _, L, H, D = x.shape
-    flat = x.reshape(x.size)
-    for t in range(T):
-        into[t * W + D : (t + 1) * W] = 0
-        copy(into, t * W, flat, ((b * L + first + t) * H + h) * D, D)
-
-
-@compile_loop
-@no_type_check
-def _scatter(x, W, into, b, first, h, T):
-    """Copy rows of W to a head's chunk of [B L H D]."""
-    _, L, H, D = into.shape
-    flat = into.reshape(into.size)
-    for t in range(T):
-        copy(flat, ((b * L + first + t) * H + h) * D, x, t * W, D)
-
-
-@compile_loop
-@no_type_check
-def _to_slabs(matrix, S, rows):
-    """Lay out a matrix in slabs of 32 columns, one after another, filled up with zeros."""
-    S[:] = 0
-    D = matrix.shape[1]
-    flat = matrix.reshape(matrix.size)
-    for j in range(0, D, LANES):
-        for i in range(matrix.shape[0]):
-            copy(S, j * rows + i * LANES, flat, i * D + j, min(LANES, D - j))
-
-
-@compile_loop
-@no_type_check
-def _from_slabs(S, matrix, rows):
-    D = matrix.shape[1]
-    flat = matrix.reshape(matrix.size)
-    for j in range(0, D, LANES):
-        for i in range(matrix.shape[0]):
-            copy(flat, i * D + j, S, j * rows + i * LANES, min(LANES, D - j))
-
-
-@compile_loop
-@no_type_check
-def _to_slabs_turned(matrix, S, rows):
-    """Lay out the transpose of a matrix in slabs of 32 columns, filled up with zeros."""
-    S[:] = 0
-    for i in range(matrix.shape[0]):
-        at = (i // LANES) * rows * LANES + i % LANES
-        for j in range(matrix.shape[1]):
-            S[at + j * LANES] = matrix[i, j]

@@ -68,7 +68,7 @@ def delta_rule(
     )
     if chunk is not None:
         check_chunk("delta_rule", chunk)
-    automatic = "numba" if runs_compiled_loops(v) else "chunked"
+    automatic = "numba" if runs_compiled_loops(v, opaque=True) else "chunked"
     obstacle = obstacle_to_triton(v, sizes["Dk"], sizes["Dv"])
     if v.is_cuda and obstacle is None:
         automatic = "triton"

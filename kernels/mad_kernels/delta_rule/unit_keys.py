@@ -18,16 +18,20 @@ a floor there, which leaves write k/|k| = alpha k and its gradient exact.
 
 Source: arXiv 2512.12602v4 Eq. 15 (exact), Eq. 68 (gated); its v3 (Runge-Kutta); arXiv 2407.14207,
 the implicit online update. Departure: unit keys inside, with separate erase and write.
+
+Keys and norms take one pass over memory each way, in compiled loops where they can run
+(`unit_key_loops`); the rest is a few operations on one number per token.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mad_kernels.checks import working_dtype
+from mad_kernels.custom_ops import first_order_only, stack
+from mad_kernels.dispatch import runs_compiled_loops
 from mad_kernels.phi import phi, phi_value
 
 Step = Literal["euler", "rk2", "rk4", "exact", "implicit", "kaczmarz"]
@@ -36,6 +40,7 @@ STEPS: tuple[Step, ...] = ("euler", "rk2", "rk4", "exact", "implicit", "kaczmarz
 # Below its floor a key's square would underflow, and with it the whole of beta lambda.
 _NORM_FLOOR = {torch.float32: 1e-18, torch.float64: 1e-150}
 _KACZMARZ_EPSILON = 1e-6
+_CURE = "write the step in plain torch and call delta_rule(backend='reference')"
 
 
 class UnitKeyForm(NamedTuple):
@@ -65,7 +70,7 @@ def unit_key_form(
     if step not in STEPS:
         names = ", ".join(STEPS)
         raise ValueError(f"unit_key_form: step={step!r} is no member of the family: take {names}")
-    key, norm = _UnitKeys.apply(k)
+    key, norm = _unit_keys(k)
     erase, write = _StepStrengths.apply(beta.to(norm.dtype), norm, step)
     return UnitKeyForm(key, erase, write)
 
@@ -87,67 +92,151 @@ def gated_unit_key_form(
 
     Source: arXiv 2512.12602v4 Eq. 68.
     """
-    key, norm = _UnitKeys.apply(k)
+    key, norm = _unit_keys(k)
     beta, gate = beta.to(norm.dtype), gate.to(norm.dtype)
     erase, _ = _StepStrengths.apply(gate * beta, norm, "exact")
     write = beta * norm * phi((1 - gate) + gate * beta * norm.square())
     return UnitKeyForm(key, erase, write), gate - 1
 
 
+def l2_normalize(x: Float[Tensor, "*axes D"], floor: float = 1e-6) -> Float[Tensor, "*axes D"]:
+    """Scale the last axis to unit length, as queries and the keys of DeltaNet are.
+
+    Args:
+        x: Vectors; zero stays zero.
+        floor: Vectors shorter than this are divided by it instead of by their length.
+
+    Returns:
+        Unit vectors in float32 (float64 for float64), like `unit_key_form`.
+    """
+    return _UnitKeys.apply(x.to(working_dtype(x)).contiguous(), floor)[0]
+
+
+def _unit_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+    wide = k.to(working_dtype(k)).contiguous()
+    return _UnitKeys.apply(wide, _NORM_FLOOR[wide.dtype])
+
+
+@torch.library.custom_op("mad_kernels::unit_keys_forward", mutates_args=())
+@no_type_check
+def _unit_keys_forward(k: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    if not runs_compiled_loops(k):
+        norm = torch.linalg.vector_norm(k, dim=-1).clamp_min(floor)
+        return k / norm[..., None], norm
+    from mad_kernels.delta_rule import unit_key_loops  # brings numba, which takes its time
+
+    k = k.detach().contiguous()
+    key, norm = torch.empty_like(k), k.new_empty(k.shape[:-1])
+    x, *results = (z.flatten().numpy() for z in (k, key, norm))
+    unit_key_loops.forward(x, x.dtype.type(floor), *results)
+    return key, norm
+
+
+@torch.library.custom_op("mad_kernels::unit_keys_backward", mutates_args=())
+@no_type_check
+def _unit_keys_backward(
+    key: Tensor, norm: Tensor, d_key: Tensor, d_norm: Tensor, floor: float
+) -> Tensor:
+    if not runs_compiled_loops(key):
+        along = torch.where(norm > floor, d_norm - (d_key * key).sum(-1) / norm, 0)
+        return d_key / norm[..., None] + key * along[..., None]
+    from mad_kernels.delta_rule import unit_key_loops
+
+    d_k = key.new_empty(key.shape)
+    inputs = (x.detach().flatten().numpy() for x in (key, norm, d_key, d_norm))
+    floor = d_k.numpy().dtype.type(floor)
+    unit_key_loops.backward(*inputs, floor, d_k.flatten().numpy())
+    return d_k
+
+
+@_unit_keys_forward.register_fake
+@no_type_check
+def _unit_keys_forward_fake(k, floor):
+    return k.new_empty(k.shape), k.new_empty(k.shape[:-1])
+
+
+@_unit_keys_backward.register_fake
+@no_type_check
+def _unit_keys_backward_fake(key, norm, d_key, d_norm, floor):
+    return key.new_empty(key.shape)
+
+
+@_unit_keys_forward.register_vmap
+@no_type_check
+def _unit_keys_forward_vmap(info, in_dims, k, floor):
+    return _unit_keys_forward(k.movedim(in_dims[0], 0), floor), (0, 0)
+
+
+@_unit_keys_backward.register_vmap
+@no_type_check
+def _unit_keys_backward_vmap(info, in_dims, *arguments):
+    *stacked, floor = stack(info.batch_size, in_dims, arguments)
+    return _unit_keys_backward(*stacked, floor), 0
+
+
+_pull_unit_keys = first_order_only(_unit_keys_backward, "unit_key_form", _CURE)
+
+
 class _UnitKeys(torch.autograd.Function):
     """k -> k/|k| and |k|, the norm held at a floor where the gradient stays that of k/floor."""
 
-    @staticmethod
-    def forward(ctx, k):
-        wide = k.to(working_dtype(k))
-        norm = torch.linalg.vector_norm(wide, dim=-1)
-        floor = _NORM_FLOOR[wide.dtype]
-        free = norm > floor
-        norm = norm.clamp_min(floor)
-        key = wide / norm[..., None]
-        ctx.dtype = k.dtype
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(key, norm, free)
-        return key, norm
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    @no_type_check
+    def forward(k, floor):
+        with torch.no_grad():
+            return _unit_keys_forward(k, floor)
+
+    @staticmethod
+    @no_type_check
+    def setup_context(ctx, inputs, output):
+        ctx.floor = inputs[1]
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    @no_type_check
     def backward(ctx, d_key, d_norm):
-        key, norm, free = ctx.saved_tensors
-        if d_key is None:
-            d_key = torch.zeros_like(key)
-        along = -(d_key * key).sum(-1) / norm
-        if d_norm is not None:
-            along = along + d_norm
-        along = torch.where(free, along, 0)
-        return (d_key / norm[..., None] + key * along[..., None]).to(ctx.dtype)
+        key, norm = ctx.saved_tensors
+        return _pull_unit_keys(key, norm, d_key, d_norm, ctx.floor), None
 
 
 class _StepStrengths(torch.autograd.Function):
     """beta, |k| -> erase = x r(x), write = beta |k| r(x), by erase' alone."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, beta, norm, step):
+    @no_type_check
+    def forward(beta, norm, step):
         factor, _ = _factor_and_slope(beta, norm, step)
-        ctx.step = step
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(beta, norm)
         write = beta * norm * factor
         erase = -torch.expm1(-beta * norm.square()) if step == "exact" else write * norm
         return erase, write
 
     @staticmethod
-    @once_differentiable
+    @no_type_check
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.step = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @no_type_check
     def backward(ctx, d_erase, d_write):
-        beta, norm = ctx.saved_tensors
-        factor, slope = _factor_and_slope(beta, norm, ctx.step)
-        d_erase = torch.zeros_like(norm) if d_erase is None else d_erase
-        d_write = torch.zeros_like(norm) if d_write is None else d_write
-        # Kaczmarz's factor is free of beta, so there both strengths are linear in beta.
-        by_beta = factor if ctx.step == "kaczmarz" else slope
-        d_beta = norm * by_beta * (d_erase * norm + d_write)
-        d_norm = beta * (2 * norm * slope * d_erase + (2 * slope - factor) * d_write)
-        return d_beta, d_norm, None
+        return *_pull_strengths(*ctx.saved_tensors, d_erase, d_write, ctx.step), None
+
+
+@no_type_check
+def _strengths_backward(beta, norm, d_erase, d_write, step):
+    factor, slope = _factor_and_slope(beta, norm, step)
+    # Kaczmarz's factor is free of beta, so there both strengths are linear in beta.
+    by_beta = factor if step == "kaczmarz" else slope
+    d_beta = norm * by_beta * (d_erase * norm + d_write)
+    d_norm = beta * (2 * norm * slope * d_erase + (2 * slope - factor) * d_write)
+    return d_beta, d_norm
+
+
+_pull_strengths = first_order_only(_strengths_backward, "unit_key_form", _CURE)
 
 
 def _factor_and_slope(beta: Tensor, norm: Tensor, step: Step) -> tuple[Tensor, Tensor]:

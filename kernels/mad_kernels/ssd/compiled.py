@@ -1,6 +1,6 @@
 """Mamba-2's state space as a delta rule that never erases, through its compiled loops.
 
-    erase = 0    write = dt    log_decay = dt a    k = b    q = c    v = x
+    write = dt    log_decay = dt a    k = b    q = c    v = x
 
 With b and c spelled out for every head. Per head of width P the backward keeps
 L (2 N + 2 P) + (L/64) N P numbers.
@@ -24,9 +24,5 @@ def ssd_compiled(
 ) -> tuple[Float[Tensor, "B L H P"], Float[Tensor, "B H N P"]]:
     """Run the state space token by token; arguments as in `ssd`, already checked."""
     steps = dt.to(working_dtype(x))
-    heads = x.shape[2] // b.shape[2]
-    b, c = (z.repeat_interleave(heads, dim=2) for z in (b, c))
-    log_decay = steps * a.to(steps.dtype)
-    return delta_rule_compiled(
-        c, b, x, steps.new_zeros(()).expand_as(steps), steps, log_decay, state, chunk
-    )
+    b, c = (z.repeat_interleave(x.shape[2] // b.shape[2], dim=2) for z in (b, c))
+    return delta_rule_compiled(c, b, x, None, steps, steps * a.to(steps.dtype), state, chunk)

@@ -40,8 +40,8 @@ def ssd(
         c: Output directions; G divides H.
         initial_state: State before the first token; None is zero.
         output_final_state: Whether to hand back the state after the last token.
-        chunk: Tokens per chunk, for the chunked backend (None takes 32), or between kept states,
-            for numba (None takes 64).
+        chunk: Tokens per chunk, for the chunked backend, or between kept states, for numba; None
+            takes the table's length.
         backend: "chunked", "numba" (CPU), "triton" (GPU), "reference" or "auto", see
             `mad_kernels.dispatch`.
 
@@ -66,7 +66,7 @@ def ssd(
     _check_groups("ssd", sizes)
     if chunk is not None:
         check_chunk("ssd", chunk)
-    automatic = "numba" if runs_compiled_loops(x) else "chunked"
+    automatic = "numba" if runs_compiled_loops(x, opaque=True) else "chunked"
     obstacle = obstacle_to_triton(x, sizes["N"], sizes["P"])
     if x.is_cuda and obstacle is None:
         automatic = "triton"
