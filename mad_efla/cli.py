@@ -5,9 +5,11 @@ Exit status: 0 everything is done, 1 some run failed, 2 wrong usage, 130 interru
 
 import contextlib
 import functools
+import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,15 +90,23 @@ def cli() -> None:
     _tracking,
     click.option("--no-tracking", is_flag=True, help="Leave MLflow alone; `mad-efla sync` later."),
     click.option("--dry-run", is_flag=True, help="Print the runs and an estimate, and stop."),
+    click.option(
+        "--max-hours", type=click.FloatRange(0, min_open=True), metavar="H",
+        help="Stop after H hours as Ctrl-C would.",
+    ),
+    click.option("--retry-failed", is_flag=True, help="Make runs again that failed by an error."),
 )  # fmt: skip
 @_says_errors
 def sweep(
     tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], device: str,
     workers: int | None, out: Path, tracking_uri: str | None, no_tracking: bool, dry_run: bool,
+    max_hours: float | None, retry_failed: bool,
 ) -> None:  # fmt: skip
     """Train every mixer of a plan on TASKS and show who learned what.
 
-    Runs that are done already are not made again; what was interrupted goes on.
+    Runs that are done already are not made again; what was interrupted goes on, as does what failed
+    for want of memory, disk or a worker. What failed by an error of its own waits for
+    --retry-failed.
 
     \b
     mad-efla sweep tasks/recall.yaml
@@ -115,7 +125,7 @@ def sweep(
     from mad_efla import tracking
 
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
-    sys.exit(_sweep(sweeps, out, device, workers, uri))
+    sys.exit(_sweep(sweeps, out, device, workers, uri, max_hours, retry_failed))
 
 
 def _workers(device: str) -> int:
@@ -147,8 +157,9 @@ def _dry_run(sweeps: "list[Sweep]", out: Path, workers: int) -> None:
 
 
 def _sweep(
-    sweeps: "list[Sweep]", out: Path, device: str, workers: int, tracking_uri: str | None
-) -> int:
+    sweeps: "list[Sweep]", out: Path, device: str, workers: int, tracking_uri: str | None,
+    max_hours: float | None, retry_failed: bool,
+) -> int:  # fmt: skip
     """Make what is missing, mirror it, print the tables; return the exit status."""
     from mad_efla import display, execute, store, tracking
 
@@ -161,7 +172,9 @@ def _sweep(
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     done = store.finished(out, [r.fingerprint for r in runs])
     records = [_record(s, out) for s in sweeps]
-    interrupted = False
+    interrupted, deadline = False, math.inf
+    if max_hours is not None:
+        deadline = time.monotonic() + 3600 * max_hours
     with contextlib.ExitStack() as stack:
         mirrors = [
             stack.enter_context(tracking.Mirror(tracking_uri, out, record))
@@ -169,12 +182,17 @@ def _sweep(
             if tracking_uri is not None
         ]
         try:
-            waiting = [r for r in runs if r.fingerprint not in done]
+            settled = done.keys() | (set() if retry_failed else store.given_up(out, runs))
+            waiting = [r for r in runs if r.fingerprint not in settled]
             if waiting:
-                with display.Follow(runs, [r for r in runs if r.fingerprint in done]) as follow:
+                with display.Follow(runs, [r for r in runs if r.fingerprint in settled]) as follow:
                     execute.execute(
-                        waiting, out, device=device, workers=workers, watch=follow.update
-                    )
+                        waiting, out, device=device, workers=workers, watch=follow.update,
+                        deadline=deadline,
+                    )  # fmt: skip
+        except execute.OutOfTime:
+            interrupted = True
+            err.print(f"stopped after {max_hours:g} hours; the same command goes on", markup=False)
         except KeyboardInterrupt:
             interrupted = True
             err.print("interrupted: finished runs stay; the same command goes on", markup=False)
@@ -256,6 +274,33 @@ def ui(out: Path, tracking_uri: str | None, host: str, port: int | None) -> None
     from mad_efla import tracking
 
     tracking.ui(tracking.resolve_uri(tracking_uri), out, host, port, click.echo)
+
+
+@cli.command()
+@click.argument("runs", type=click.Path(path_type=Path), default=OUT)
+@_says_errors
+def status(runs: Path) -> None:
+    """Say how the sweeps under RUNS stand: counts, what runs, what failed and why, time left."""
+    from mad_efla import display, estimate, status
+
+    console = display.stdout()
+    for standing in status.standings(runs):
+        left = estimate.seconds_left(standing.runs, runs)
+        for line in display.standing(standing, left):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.argument("run")
+@_out
+@_says_errors
+def logs(run: str, out: Path) -> None:
+    """Print what RUN, or a run whose name begins so, has logged: figures, warnings, a traceback."""
+    from mad_efla import display, status
+
+    folder = status.find(out, run)
+    for line in display.log(folder):
+        click.echo(line)
 
 
 @cli.command()

@@ -16,6 +16,7 @@ from mad_efla.execute import Event
 from mad_efla.leaderboard import Leaderboard
 from mad_efla.run import RunConfig
 from mad_efla.scores import Interval, Line
+from mad_efla.status import Standing
 from mad_efla.store import RunFolder
 from mad_efla.sweep import Match
 
@@ -347,4 +348,45 @@ def failure(run: RunConfig, folder: RunFolder) -> str:
     """Say why a run failed and where its traceback is."""
     found = folder.failure()
     reason = found.reason if found else "no result"
-    return f"failed: {name(run)}: {reason}\n  traceback: {folder.path / 'failure.json'}"
+    cure = f"traceback: mad-efla logs {run.fingerprint}, again: --retry-failed"
+    return f"failed: {name(run)}: {reason}\n  {cure}"
+
+
+def standing(found: Standing, seconds_left: float | None) -> list[str]:
+    """Say how a sweep stands."""
+    record, total = found.record, len(found.record.fingerprints)
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(found.counts.items()))
+    lines = [f"{record.task}, plan {record.plan}: {total} runs: {counts}"]
+    if found.counts.get("finished", 0) + found.counts.get("diverged", 0) < total:
+        workers = len(found.running)
+        left = "not known yet" if seconds_left is None else duration(seconds_left)
+        if workers and seconds_left is not None:
+            left = f"{duration(seconds_left / workers)} on the {workers} that run"
+        elif seconds_left is not None:
+            left += " of one worker, and none runs"
+        lines.append(f"  time left: {left}")
+    for run, row in found.running:
+        step = f"step {row.step}/{run.steps} {_figures(row.metrics)}" if row else "starting"
+        lines.append(f"  running: {run.fingerprint} {name(run)}: {step}")
+    for run, failed in found.failed:
+        lines.append(f"  failed: {run.fingerprint} {name(run)}: {failed.reason}")
+    return lines
+
+
+def log(folder: RunFolder) -> list[str]:
+    """Return what a run has logged, and how it ended."""
+    run, result, failed = folder.run(), folder.result(), folder.failure()
+    lines = [f"{folder.fingerprint} {name(run)}: {folder.status()}"]
+    for row in folder.rows()[0]:
+        figures = " ".join(f"{key}={value:.5g}" for key, value in row.metrics.items())
+        lines.append(f"step {row.step}: {figures}")
+    written = folder.path / "log.txt"
+    if written.exists():
+        lines += written.read_text(errors="replace").splitlines()
+    if result and result.test:
+        lines.append(f"test accuracy {result.test.token_accuracy:.4f}, loss {result.test.loss:.4f}")
+    if result and result.stopped:
+        lines.append(result.stopped)
+    if failed and not result:
+        lines += [f"{failed.kind}: {failed.reason}", *failed.traceback.splitlines()]
+    return lines

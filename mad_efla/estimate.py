@@ -58,6 +58,19 @@ def estimate(runs: list[RunConfig], out: Path, sizes: dict[str, tuple[int, int]]
     return Estimate(total, len(results), basis)
 
 
+def seconds_left(runs: list[RunConfig], out: Path) -> float | None:
+    """Estimate the time of one worker for the runs without a result, from the finished ones alone.
+
+    Returns:
+        Seconds; None while a mixer that is waited for has no finished run.
+    """
+    results = store.finished(out, [r.fingerprint for r in runs])
+    waiting = {r.mixer for r in runs if r.fingerprint not in results}
+    if waiting - {r.mixer for r in runs if r.fingerprint in results}:
+        return None
+    return estimate(runs, out, {}).seconds
+
+
 def _operations_per_second(precision: str) -> float:
     """Time a matrix product of a training step's shape, on one thread of the CPU."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32

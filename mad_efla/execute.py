@@ -5,6 +5,7 @@ driver follows by reading the folders. So a worker that is killed costs one atte
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import platform
@@ -46,6 +47,10 @@ Watch = Callable[[list[Event]], None]
 """Called a few times a second with what is running or has just ended."""
 
 
+class OutOfTime(Exception):
+    """The time that was allowed is over; what was running goes on with the next call."""
+
+
 def execute(
     runs: list[RunConfig],
     out: Path,
@@ -53,6 +58,7 @@ def execute(
     device: str,
     workers: int,
     watch: Watch = lambda events: None,
+    deadline: float = math.inf,
 ) -> None:
     """Make every run that has no result yet; results and failures are in the folders.
 
@@ -62,19 +68,21 @@ def execute(
         device: `cpu` or `cuda`.
         workers: Worker processes; 0 runs everything in this process.
         watch: Told what happens.
+        deadline: When to stop, by `time.monotonic`.
 
     Raises:
         KeyboardInterrupt: Asked to stop; what was running is marked interrupted.
+        OutOfTime: The deadline passed; likewise.
     """
     longest_first = sorted(runs, key=lambda r: -r.tokens)
     for run in longest_first:
         RunFolder(out, run.fingerprint).create(run)
     about = environment(device)
     if workers == 0:
-        _in_this_process(longest_first, out, device, about, watch)
+        _in_this_process(longest_first, out, device, about, watch, deadline)
         return
     with _terminate_as_interrupt():
-        _in_workers(longest_first, out, device, workers, about, watch)
+        _in_workers(longest_first, out, device, workers, about, watch, deadline)
 
 
 def resolve_device(wish: str) -> str:
@@ -117,7 +125,13 @@ def environment(device: str) -> dict[str, str]:
 
 
 def _in_workers(
-    runs: list[RunConfig], out: Path, device: str, workers: int, about: dict[str, str], watch: Watch
+    runs: list[RunConfig],
+    out: Path,
+    device: str,
+    workers: int,
+    about: dict[str, str],
+    watch: Watch,
+    deadline: float,
 ) -> None:
     os.environ.update(_ALLOCATOR | os.environ)
     pool = ProcessPool(
@@ -147,6 +161,8 @@ def _in_workers(
                 else:
                     submit(run)
             watch(_events(ended, waiting, futures, out))
+            if waiting and time.monotonic() > deadline:
+                raise OutOfTime
         pool.close()
     except BaseException:
         pool.stop()
@@ -164,7 +180,10 @@ def _ended(run: RunConfig, future: ProcessFuture, out: Path, attempt: int) -> bo
     if attempt < ATTEMPTS:
         return False
     RunFolder(out, run.fingerprint).fail(
-        "failed", f"its worker died {attempt} times: {error}", getattr(error, "traceback", "")
+        "failed",
+        f"its worker died {attempt} times: {error}",
+        getattr(error, "traceback", ""),
+        transient=True,
     )
     return True
 
@@ -219,7 +238,8 @@ def _attempt(
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            folder.fail("failed", reason, traceback.format_exc())
+            outside = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
+            folder.fail("failed", reason, traceback.format_exc(), transient=outside)
 
 
 @contextlib.contextmanager
@@ -237,7 +257,12 @@ def _hold(folder: RunFolder, stop: Callable[[], bool]) -> Iterator[bool]:
 
 
 def _in_this_process(
-    runs: list[RunConfig], out: Path, device: str, about: dict[str, str], watch: Watch
+    runs: list[RunConfig],
+    out: Path,
+    device: str,
+    about: dict[str, str],
+    watch: Watch,
+    deadline: float,
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -245,8 +270,10 @@ def _in_this_process(
         for run in runs:
             folder = RunFolder(out, run.fingerprint)
             watch([Event(run, "running", folder)])
-            _attempt(folder, device, about, lambda: False)
+            _attempt(folder, device, about, lambda: time.monotonic() > deadline)
             watch([Event(run, folder.status(), folder)])
+            if folder.result() is None and time.monotonic() > deadline:
+                raise OutOfTime
     finally:
         torch.set_num_threads(threads)
         _mark_interrupted(runs, out)

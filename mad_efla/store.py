@@ -21,7 +21,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -85,12 +85,21 @@ class Result(Section):
 
 
 class Failure(Section):
-    """Why an attempt ended without a result."""
+    """Why an attempt ended without a result.
+
+    Attributes:
+        kind: Whether it failed or was stopped.
+        reason: In a line.
+        traceback: Of the error; empty where there was none.
+        time: Milliseconds since the epoch.
+        transient: Whether the cause lies outside of the run: memory, disk, a killed worker.
+    """
 
     kind: Literal["failed", "interrupted"]
     reason: str
     traceback: str
     time: int
+    transient: bool = False
 
 
 class Row(NamedTuple):
@@ -198,10 +207,19 @@ class RunFolder:
         for name in ("failure.json", "checkpoint.pt", "checkpoint.previous.pt"):
             (self.path / name).unlink(missing_ok=True)
 
-    def fail(self, kind: Literal["failed", "interrupted"], reason: str, traceback: str) -> None:
+    def fail(
+        self,
+        kind: Literal["failed", "interrupted"],
+        reason: str,
+        traceback: str,
+        *,
+        transient: bool = False,
+    ) -> None:
         """Write why this attempt ended."""
         self.check_claim()
-        failure = Failure(kind=kind, reason=reason, traceback=traceback, time=now())
+        failure = Failure(
+            kind=kind, reason=reason, traceback=traceback, time=now(), transient=transient
+        )
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "failure.json", failure.model_dump(mode="json"))
 
@@ -309,6 +327,12 @@ def finished(out: Path, fingerprints: list[str]) -> dict[str, Result]:
     """Read the results there are, by fingerprint."""
     found = {f: RunFolder(out, f).result() for f in fingerprints}
     return {f: result for f, result in found.items() if result}
+
+
+def given_up(out: Path, runs: Iterable[RunConfig]) -> set[str]:
+    """Name the runs that failed by an error of their own, and would again."""
+    found = {r.fingerprint: RunFolder(out, r.fingerprint).failure() for r in runs}
+    return {f for f, x in found.items() if x and x.kind == "failed" and not x.transient}
 
 
 def mend(out: Path, fingerprints: list[str]) -> list[str]:

@@ -15,6 +15,8 @@ _WITH_SHAPES = (
     "mad_efla.tasks",
     "mad_efla.model",
     "mad_efla.metrics",
+    "mad_efla.dynamics",
+    "mad_efla.spectrum",
 )
 install_import_hook(list(_WITH_SHAPES), "beartype.beartype")
 

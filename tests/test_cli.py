@@ -121,7 +121,7 @@ def test_a_failed_run_is_shown_with_its_traceback_and_status_1(files, monkeypatc
     monkeypatch.syspath_prepend(files)
     done = call(*SWEEP, "--set", "mixers=[{name: 'mine:Mine', heads: 2}]", code=1)
     assert "RuntimeError: mine" in done.stderr
-    assert "failure.json" in done.stderr
+    assert "traceback: mad-efla logs" in done.stderr
     sys.modules.pop("mine")
 
 
@@ -244,3 +244,58 @@ def test_score_reads_what_the_sweep_left(files):
     assert call("score", "--csv").stdout == call("score", "--csv").stdout
     assert r"\toprule" in call("score", "--latex").stdout
     assert "holds no sweep" in call("score", "nowhere", code=2).stderr
+
+
+def test_status_counts_and_names_what_failed(files, monkeypatch):
+    call(*SWEEP)
+    bad, _, lost, _ = folders(files)
+    for folder in (bad, lost):
+        (folder.path / "result.json").unlink()
+    bad.fail("failed", "ZeroDivisionError: no such luck", "Traceback: here")
+    (lost.path / "metrics.jsonl").unlink()
+    lines = call("status").stdout.splitlines()
+    assert lines[0] == "recall, plan plan: 4 runs: 1 failed, 2 finished, 1 waiting"
+    assert lines[1].startswith("  time left: ")
+    assert lines[1].endswith("of one worker, and none runs")
+    assert lines[2].endswith("seed=0: ZeroDivisionError: no such luck")
+    with lost.lock():
+        lines = call("status").stdout.splitlines()
+    assert "1 running" in lines[0]
+    assert "on the 1 that run" in lines[1]
+    assert lines[2].startswith(f"  running: {lost.fingerprint}")
+    assert lines[2].endswith("starting")
+
+
+def test_logs_print_figures_and_tracebacks_of_a_run_named_by_its_beginning(files):
+    call(*SWEEP)
+    folder = folders(files)[0]
+    text = call("logs", folder.fingerprint[:6]).stdout
+    assert "step 10: train/loss=" in text
+    assert "test accuracy" in text
+    (folder.path / "result.json").unlink()
+    folder.fail("failed", "ValueError: x", "Traceback: in mixer.py")
+    text = call("logs", folder.fingerprint).stdout
+    assert "failed: ValueError: x" in text
+    assert "Traceback: in mixer.py" in text
+    assert "no such run" in call("logs", "zzz", code=2).stderr
+    assert "4 runs begin so" in call("logs", "", code=2).stderr
+
+
+@pytest.mark.parametrize("transient", [False, True])
+def test_a_failed_run_waits_for_retry_unless_the_cause_lay_outside(files, transient):
+    call(*SWEEP)
+    folder = folders(files)[0]
+    (folder.path / "result.json").unlink()
+    folder.fail("failed", "ValueError: x", "", transient=transient)
+    again = call(*SWEEP, code=0 if transient else 1)
+    assert ("--retry-failed" in again.stderr) != transient
+    call(*SWEEP, "--retry-failed")
+    assert folder.status() == "finished"
+
+
+def test_max_hours_ends_as_an_interrupt_and_the_next_call_goes_on(files):
+    done = call(*SWEEP, "--max-hours", "1e-9", code=130)
+    assert "stopped after 1e-09 hours; the same command goes on" in done.stderr
+    assert not any(f.status() == "finished" for f in folders(files))
+    call(*SWEEP, "--max-hours", "1")
+    assert all(f.status() == "finished" for f in folders(files))

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from mad_efla.dynamics import Dynamics
 from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, ShortConv, State, in_full
 from mad_kernels import dplr, dplr_step
 
@@ -101,6 +102,11 @@ class GLA(Mixer):
         qkv, window = self.conv.step(self.qkv(x), state[1:])
         o, S = dplr_step(*self._heads(qkv), self._log_decay(x), None, None, state[0])
         return self._output(x, o), (S, *window)
+
+    def dynamics(self, x: Float[Tensor, "B L D"]) -> Dynamics:
+        """Return how the state moves: a decay per key channel."""
+        q, k, v = self._heads(self.conv(self.qkv(x)))
+        return Dynamics(log_decay=self._log_decay(x), k=k, v=v, q=q)
 
     def mixing_flops(self, seq_len: int) -> int:
         """Count: decay one, write and read two each per number of state."""

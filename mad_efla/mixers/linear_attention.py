@@ -22,6 +22,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from mad_efla.dynamics import Dynamics
 from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, ShortConv, State
 from mad_kernels import delta_rule, delta_rule_step
 
@@ -82,6 +83,11 @@ class LinearAttention(Mixer):
         q, k, v = self._parts(qkv)
         o, S = delta_rule_step(q, k, v, *_strengths(v), None, state[0])
         return self._output(o), (S, *window)
+
+    def dynamics(self, x: Float[Tensor, "B L D"]) -> Dynamics:
+        """Return how the state moves: nothing is forgotten."""
+        q, k, v = self._parts(self.conv(self.qkv(x)))
+        return Dynamics(log_decay=torch.zeros_like(k), k=k, v=v, q=q)
 
     def mixing_flops(self, seq_len: int) -> int:
         """Count: write and read, two each per number of state."""

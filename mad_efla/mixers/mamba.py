@@ -24,6 +24,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from mad_efla.dynamics import Dynamics
 from mad_efla.mixers import Mixer, MixerConfig, ShortConv, State, in_full, step_size_bias
 from mad_kernels import selective_scan, selective_scan_step
 
@@ -85,6 +86,14 @@ class Mamba(Mixer):
         u, window = self.conv.step(u, state[1:])
         y, S = selective_scan_step(u, *self._selected(u), state[0])
         return self._output(y, u, z), (S, *window)
+
+    def dynamics(self, x: Float[Tensor, "B L D"]) -> Dynamics:
+        """Return how the state moves, every channel a head with one column of values."""
+        u = self.conv(self.inp(x).chunk(2, dim=-1)[0])
+        dt, a, b, c = self._selected(u)
+        log_decay = dt[..., None] * a
+        k, q = (z[..., None, :].expand(log_decay.shape) for z in (b, c))
+        return Dynamics(log_decay=log_decay, k=k, v=(dt * u)[..., None], q=q)
 
     def mixing_flops(self, seq_len: int) -> int:
         """Count: decay one, write and read two each per number of state."""

@@ -33,6 +33,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from mad_efla.dynamics import Dynamics
 from mad_efla.mixers import Mixer, MixerConfig, State, in_full
 from mad_kernels import dplr, dplr_step
 
@@ -104,6 +105,11 @@ class RWKV7(Mixer):
         r, k, v, log_decay, erased, key, gate = self._parts(x, *before)
         o, S = dplr_step(r, k, v, log_decay, erased, key, S)
         return self._output(o, r, k, v, gate), (S, *(x for _ in before))
+
+    def dynamics(self, x: Float[Tensor, "B L D"]) -> Dynamics:
+        """Return how the state moves, without the bonus of the present token."""
+        r, k, v, log_decay, erased, key, _ = self._parts(x, F.pad(x, (0, 0, 1, -1)))
+        return Dynamics(log_decay=log_decay, a=erased, b=key, k=k, v=v, q=r, step="euler")
 
     def mixing_flops(self, seq_len: int) -> int:
         """Count: decay one; recall, erase, write and read two each per number of state."""
