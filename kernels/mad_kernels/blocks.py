@@ -11,22 +11,15 @@ product says how its operands are rounded before they are multiplied; sums are a
 Importing this module imports triton; only the GPU backends do so, and only when they run.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, no_type_check
+from collections.abc import Callable
+from typing import Any, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-class Tile(NamedTuple):
-    """How one kernel is cut and run."""
-
-    C: int  # tokens per chunk
-    columns: int  # columns of a value per program
-    warps: int
-    stages: int  # of the pipeline that loads chunks ahead of their use
+from mad_kernels.custom_ops import first_order_only, fold, unfold
 
 
 def interpreted() -> bool:
@@ -55,21 +48,78 @@ def writable(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> T
     return like.new_empty(shape, dtype=torch.float32 if interpreted() else dtype)
 
 
-def fold(batch: int, in_dims: Sequence[int | None], arguments: Sequence[object]) -> list[object]:
-    """Move a dimension that is mapped over into the first axis of every tensor, B."""
-    folded = []
-    for x, axis in zip(arguments, in_dims, strict=True):
-        if isinstance(x, Tensor):
-            x = x.expand(batch, *x.shape) if axis is None else x.movedim(axis, 0)
-            x = x.flatten(0, 1)
-        folded.append(x)
-    return folded
+def with_gradients(operator: str, forward: Any, backward: Any, *, keeps: bool) -> Callable:
+    """Give two operators of torch their vmap rule, and tie them into one with gradients.
+
+    Args:
+        operator: Name for messages.
+        forward: From tensors and options to results. Two of them have gradients, the output and the
+            final state; the others are kept for the backward.
+        backward: From the tensors, what was kept, the gradients of the two results and the options
+            to the gradient of each tensor; an operand that is None has an empty one.
+        keeps: Whether the last option of `forward` says to keep anything. It is settled here, and
+            `backward` does not take it.
+
+    Returns:
+        The function of tensors and options. Its gradients are of first order.
+    """
+    _register_vmap(forward)
+    _register_vmap(backward)
+    # torch.compile knows the registered operators, but not the objects that registered them.
+    first, second = (x._opoverload for x in (forward, backward))
+    pull = first_order_only(second, operator)
+
+    class Operator(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        @no_type_check
+        def forward(*arguments):
+            with torch.no_grad():
+                return first(*arguments)
+
+        @staticmethod
+        @no_type_check
+        def setup_context(ctx, inputs, output):
+            tensors = [x for x in inputs if not isinstance(x, bool)]
+            ctx.count, ctx.options = len(tensors), inputs[len(tensors) :]
+            ctx.save_for_backward(*tensors, *output[2:])
+            ctx.mark_non_differentiable(*output[2:])
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        @no_type_check
+        def backward(ctx, d_output, d_final, *_):
+            tensors, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+            options = ctx.options[:-1] if keeps else ctx.options
+            if keeps and not ctx.options[-1]:  # a transform hid from us that gradients were wanted
+                with torch.no_grad():
+                    kept = first(*tensors, *options, True)[2:]
+            grads = pull(*tensors, *kept, d_output, d_final, *options)
+            pairs = zip(grads, tensors, strict=True)
+            return *(None if x is None else grad for grad, x in pairs), *(None for _ in ctx.options)
+
+    @no_type_check
+    def run(*arguments):
+        if torch.compiler.is_compiling():  # it takes no tensor twice, as erase and write may be
+            arguments = [x.view_as(x) if isinstance(x, Tensor) else x for x in arguments]
+        if keeps:
+            wanted = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+            arguments = (*arguments, wanted and torch.is_grad_enabled())
+        return Operator.apply(*arguments)
+
+    return run
 
 
-def unfold(batch: int, results: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Give results back their mapped dimension, in front, and say where it is."""
-    split = tuple(x.unflatten(0, (batch, x.shape[0] // batch)) for x in results)
-    return split, (0,) * len(split)
+def _register_vmap(operator: Any) -> None:
+    """Fold an axis that is mapped over into the first axis of every tensor."""
+
+    @operator.register_vmap
+    @no_type_check
+    def rule(info, in_dims, *arguments):
+        folded = fold(info.batch_size, in_dims, arguments, [0] * len(arguments))
+        results = operator(*folded)
+        return unfold(info.batch_size, results, [0] * len(results))
 
 
 @triton.jit
@@ -80,6 +130,26 @@ def dot(x, y, PRODUCT: tl.constexpr):
         product = tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16))
     else:
         product = tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision=PRODUCT)
+    return product
+
+
+@triton.jit
+@no_type_check
+def long_dot(x, y, PRODUCT: tl.constexpr):
+    """Multiply [M K] by [K N] as a sum over parts of K, at most 32 wide.
+
+    Operands of a product sit in registers whole, in three roundings for "tf32x3": parts of them
+    spill nothing.
+    """
+    M: tl.constexpr = x.shape[0]
+    K: tl.constexpr = x.shape[1]
+    N: tl.constexpr = y.shape[1]
+    if K <= 32:
+        product = dot(x, y, PRODUCT)
+    else:
+        x0, x1 = tl.split(tl.permute(tl.reshape(x, (M, 2, K // 2)), (0, 2, 1)))
+        y0, y1 = tl.split(tl.permute(tl.reshape(y, (2, K // 2, N)), (1, 2, 0)))
+        product = long_dot(x0, y0, PRODUCT) + long_dot(x1, y1, PRODUCT)
     return product
 
 
@@ -105,19 +175,40 @@ def unit_lower_inverse(A, C: tl.constexpr, LEVELS: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def decay_factors(log_decay, C: tl.constexpr):
-    """Compute inside [C], rest [C], pairs [C C] and whole of `mad_kernels.decay`."""
+def load_tokens(pointer, at, here):
+    """Load one number per token as float32, 0 past the end."""
+    return tl.load(pointer + at, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def store_tokens(pointer, at, here, x):
+    """Store one number per token."""
+    tl.store(pointer + at, x.to(pointer.dtype.element_ty), mask=here)
+
+
+@triton.jit
+@no_type_check
+def decay_ends(log_decay, C: tl.constexpr):
+    """Compute inside [C], rest [C] and whole of `mad_kernels.decay`."""
     i = tl.arange(0, C)
     later = i[:, None] > i[None, :]
     # exp(-1e4) is 0: the floor changes no factor, and keeps -inf out of 0 * -inf.
     steps = tl.maximum(log_decay, -1e4)
     inside = tl.exp(tl.sum(tl.where(later, 0.0, steps[:, None]), axis=0))
-    after = tl.where(later, steps[:, None], 0.0)  # [m, j]
-    rest = tl.exp(tl.sum(after, axis=0))
+    rest = tl.exp(tl.sum(tl.where(later, steps[:, None], 0.0), axis=0))
+    return inside, rest, tl.exp(tl.sum(steps, axis=0))
+
+
+@triton.jit
+@no_type_check
+def decay_pairs(log_decay, C: tl.constexpr):
+    """Compute pairs [C C] of `mad_kernels.decay`."""
+    i = tl.arange(0, C)
+    after = tl.where(i[:, None] > i[None, :], tl.maximum(log_decay, -1e4)[:, None], 0.0)  # [m, j]
     # Added up as they stand: a difference of two long sums would lose the digits of a short one.
     between = tl.cumsum(after, axis=0)
-    pairs = tl.where(i[:, None] >= i[None, :], tl.exp(between), 0.0)
-    return inside, rest, pairs, tl.exp(tl.sum(steps, axis=0))
+    return tl.where(i[:, None] >= i[None, :], tl.exp(between), 0.0)
 
 
 @triton.jit

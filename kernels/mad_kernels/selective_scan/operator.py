@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mad_kernels.checks import check_tensors, working_dtype
-from mad_kernels.dispatch import choose_backend, runs_compiled_loops
+from mad_kernels.dispatch import choose_backend, obstacle_to_triton, runs_compiled_loops
 from mad_kernels.selective_scan.compiled import selective_scan_compiled
 from mad_kernels.selective_scan.reference import selective_scan_reference, selective_scan_token
 
-BACKENDS = ("numba", "reference")
+BACKENDS = ("numba", "reference", "triton")
 
 
 def selective_scan(
@@ -38,11 +38,11 @@ def selective_scan(
         c: Output directions, shared by all channels.
         initial_state: State before the first token; None is zero.
         output_final_state: Whether to hand back the state after the last token.
-        backend: "numba" (CPU), "reference" or "auto", see `mad_kernels.dispatch`.
+        backend: "numba" (CPU), "triton" (GPU), "reference" or "auto", see `mad_kernels.dispatch`.
 
     Returns:
         Outputs in the dtype of `x`, and the final state in float32 (float64 for float64) or None.
-        The numba backend has first-order gradients only.
+        Only the reference has gradients of second order.
 
     Raises:
         ValueError: If shapes, dtypes, devices or `backend` do not fit.
@@ -59,13 +59,23 @@ def selective_scan(
         },
     )
     automatic = "numba" if runs_compiled_loops(x) else "reference"
-    chosen = choose_backend("selective_scan", backend, BACKENDS, automatic=automatic, like=x)
+    obstacle = obstacle_to_triton(x, sizes["N"], otherwise="reference")
+    if x.is_cuda and obstacle is None:
+        automatic = "triton"
+    options = {"automatic": automatic, "like": x, "obstacle": obstacle}
+    chosen = choose_backend("selective_scan", backend, BACKENDS, **options)
     state = initial_state
     if state is None:
         shape = [sizes[axis] for axis in ("B", "D", "N")]
         state = x.new_zeros(shape, dtype=working_dtype(x))
-    run = selective_scan_reference if chosen == "reference" else selective_scan_compiled
-    y, final = run(x, dt, a, b, c, state)
+    if chosen == "reference":
+        y, final = selective_scan_reference(x, dt, a, b, c, state)
+    elif chosen == "triton":
+        from mad_kernels.selective_scan.triton import selective_scan_triton  # only where it is used
+
+        y, final = selective_scan_triton(x, dt, a, b, c, state)
+    else:
+        y, final = selective_scan_compiled(x, dt, a, b, c, state)
     return y, final if output_final_state else None
 
 

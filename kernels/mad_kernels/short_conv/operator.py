@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mad_kernels.checks import check_tensors
-from mad_kernels.dispatch import choose_backend
+from mad_kernels.dispatch import choose_backend, obstacle_to_triton
 from mad_kernels.short_conv.fused import short_conv_fused
 from mad_kernels.short_conv.reference import short_conv_reference, short_conv_token
 
-BACKENDS = ("fused", "reference")
+BACKENDS = ("fused", "reference", "triton")
 
 
 def short_conv(
@@ -37,7 +37,7 @@ def short_conv(
         activation: "silu" or None.
         initial_state: The K-1 inputs before the first token, oldest first; None is zeros.
         output_final_state: Whether to hand back the last K-1 inputs.
-        backend: "fused", "reference" or "auto", see `mad_kernels.dispatch`.
+        backend: "fused", "triton" (GPU), "reference" or "auto", see `mad_kernels.dispatch`.
 
     Returns:
         Outputs and the last K-1 inputs or None, both in the dtype of `x`.
@@ -51,9 +51,18 @@ def short_conv(
     _check_taps("short_conv", sizes["K"], activation)
     state = x.new_zeros(x.shape[0], sizes["D"], before) if initial_state is None else initial_state
     _check_state("short_conv", x, state, before)
-    chosen = choose_backend("short_conv", backend, BACKENDS)
-    run = short_conv_reference if chosen == "reference" else short_conv_fused
-    y, final = run(x, weight, bias, activation, state)
+    obstacle = obstacle_to_triton(x, otherwise="fused")
+    automatic = "triton" if x.is_cuda and obstacle is None else "fused"
+    options = {"automatic": automatic, "obstacle": obstacle}
+    chosen = choose_backend("short_conv", backend, BACKENDS, **options)
+    if chosen == "reference":
+        y, final = short_conv_reference(x, weight, bias, activation, state)
+    elif chosen == "triton":
+        from mad_kernels.short_conv.triton import short_conv_triton  # triton only where it is used
+
+        y, final = short_conv_triton(x, weight, bias, activation, state)
+    else:
+        y, final = short_conv_fused(x, weight, bias, activation, state)
     return y, final if output_final_state else None
 
 
