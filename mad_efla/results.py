@@ -7,6 +7,7 @@ figures, which is the only part that a person writes. Equal run files give equal
 
 import datetime
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def _facts(
 ) -> str:
     done = list(results.values())
     seeds = sorted({r.seed for r in runs})
-    rows = [["command", "<br>".join(dict.fromkeys(f"`{r.command}`" for r in records))]]
+    commands = dict.fromkeys(_public(r.command) for r in records)
+    rows = [["command", "<br>".join(f"`{command}`" for command in commands)]]
     diverged = sum(r.status == "diverged" for r in done)
     rows.append([
         "runs", f"{len(done)} of {planned} done, {diverged} diverged; "
@@ -94,6 +96,18 @@ def _facts(
             rows.append([name.replace("git_", ""), _distinct(r.environment[name] for r in done)])
     rows.append(["precision", _distinct(r.train.precision for r in runs)])
     return _table(["", ""], rows)
+
+
+def _public(command: str) -> str:
+    """Leave out where files and records went: paths of a machine, addresses with passwords."""
+    words = iter(shlex.split(command))
+    kept = []
+    for word in words:
+        if word in ("--out", "--tracking-uri"):
+            next(words, None)
+        elif not word.startswith(("--out=", "--tracking-uri=")) and word != "--no-tracking":
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _board(board: Leaderboard) -> str:

@@ -76,3 +76,11 @@ def test_a_folder_whose_run_is_gone_counts_as_missing(files):
         path.unlink()
     gone.path.rmdir()
     assert "3 of 4 done" in call("results").stdout
+
+
+def test_paths_and_addresses_stay_out_of_the_page():
+    typed = (
+        "mad-efla sweep recall --out /home/me/runs --set 'seeds=[0, 1]' --tracking-uri=http://u:p@h"
+    )
+    assert results._public(typed) == "mad-efla sweep recall --set 'seeds=[0, 1]'"
+    assert results._public("mad-efla sweep a --no-tracking --tracking-uri x") == "mad-efla sweep a"
