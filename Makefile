@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install sweep test check gpu clean
+.PHONY: install sweep test peer check gpu clean
 
 install: $(VENV)/.installed
 
@@ -17,6 +17,14 @@ sweep: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Other projects' implementations beside ours, on a CPU: 25 MB of downloads.
+peer: $(VENV)/.peer
+	$(BIN)/python -m pytest -m peer tests/peer
+
+$(VENV)/.peer: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[peer]'
+	touch $@
 
 check: install
 	$(BIN)/ruff format --check .

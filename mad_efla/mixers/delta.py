@@ -19,7 +19,8 @@ Legend: H heads, Dk = key_dim, Dv = value_dim, S the state [Dk, Dv] of a head, b
 Source: Yang et al. 2024, arXiv 2406.06484 (DeltaNet, and the body around the rule); Lei et al.,
 arXiv 2512.12602 Eq. 15 (EFLA), Eq. 68 (joint); Yang et al. 2024, arXiv 2412.06464 (separate; a
 starts as in Mamba-2). Departure: q is always scaled to unit length, as these authors do; it is not
-multiplied by Dk^-1/2, which the output norm would undo.
+multiplied by Dk^-1/2, which the output norm would undo but for its eps: 1e-5 here is as 1e-5/Dk to
+them.
 """
 
 from typing import Literal

@@ -9,7 +9,8 @@ Legend: H heads, Dk = key_dim, Dv = value_dim, S the state [Dk, Dv] of a head, z
 Source: Katharopoulos et al. 2020, arXiv 2006.16236, Eq. 7, 16-20. It runs as the delta rule with
 erase 0 and write 1; z is one more column of values, all 1.
 Departures: by default a short convolution and an output norm, as in the delta family, and no
-normaliser: the norm undoes any factor on a head's output, and z would be Dk more numbers of state.
+normaliser: the norm undoes any factor on a head's output (but for its eps), and z would be Dk more
+numbers of state.
 The published layer is `normalizer: true, output_norm: false, conv: 0`.
 """
 
