@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install sweep test peer check gpu clean
+.PHONY: install sweep test peer stress check gpu clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,10 @@ peer: $(VENV)/.peer
 $(VENV)/.peer: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[peer]'
 	touch $@
+
+# Fifty kills of a sweep's processes, and a count of what was lost, doubled or differs.
+stress: install
+	$(BIN)/python -m tests.stress
 
 check: install
 	$(BIN)/ruff format --check .

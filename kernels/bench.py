@@ -53,6 +53,8 @@ CASES = (
     Case("delta_rule", (32, 512, 4, 32), 0.45),
     Case("gated_delta_rule", (128, 128, 4, 32)),
     Case("efla", (128, 128, 4, 32)),
+    Case("dplr", (128, 128, 4, 32)),
+    Case("dplr", (128, 128, 8, 16)),
     Case("ssd", (32, 128, 4, 64), 1.3),
     Case("ssd", (32, 128, 8, 32)),
     Case("selective_scan", (32, 128, 8, 32)),
@@ -129,6 +131,10 @@ def call_of(case: Case, dtype: torch.dtype, backend: str) -> tuple[Callable, lis
     elif case.operator == "ssd":
         tensors = [normal(B, L, H, D), uniform(B, L, H), -uniform(H) - 0.1]
         tensors += [normal(B, L, 1, N), normal(B, L, 1, N)]
+    elif case.operator == "dplr":
+        b = normalize(normal(B, L, H, D), dim=-1)
+        tensors = [normal(B, L, H, D) for _ in range(3)]
+        tensors += [-uniform(B, L, H, D) / 8, -b * uniform(B, L, H, D), b]
     else:
         tensors = [normal(B, L, H, D), normalize(normal(B, L, H, D), dim=-1), normal(B, L, H, D)]
         scalars = {"delta_rule": 2, "efla": 1, "gated_delta_rule": 1}[case.operator]
@@ -200,6 +206,9 @@ def _work(case: Case) -> tuple[int, int]:
     if case.operator == "ssd":
         # Per entry of the state: decay, write, read; their transposes, and a replay.
         return tokens * D * N * 2 * (3 + 9), tokens * (2 + 4) * D
+    if case.operator == "dplr":
+        # The same with a product for the decay, and d log_decay.
+        return tokens * D * D * 2 * (5 + 16), tokens * (8 + 14) * D
     # Forward: recall, write, read. Backward: two sweeps of dS and a replay, three products each.
     return tokens * D * D * 2 * (3 + 9), tokens * (4 + 8) * D
 
