@@ -138,16 +138,24 @@ def _board(board: Leaderboard) -> str:
         ["mixer", "mean over tasks", "mean rank", *tasks], rows
     )
     if board.differences:
-        text += "\n\nPaired differences on the same tasks, settings and seeds, in points; p of "
-        text += "Wilcoxon's test, corrected after Benjamini and Hochberg:\n\n"
-        text += _table(
+        table = _table(
             ["first minus second", "points", "pairs", "p", "corrected p"],
             [
-                [f"{d.first} - {d.second}", _percent(d.mean), str(d.pairs), f"{d.p:.3g}",
-                 f"{d.p_corrected:.3g}"]
+                [
+                    f"{d.first} - {d.second}",
+                    _percent(d.mean),
+                    str(d.pairs),
+                    f"{d.p:.3g}",
+                    f"{d.p_corrected:.3g}",
+                ]
                 for d in board.differences
             ],
-        )  # fmt: skip
+        )
+        text += (
+            "\n\n<details><summary>Paired differences on the same tasks, settings and seeds, in "
+            "points; p of Wilcoxon's test, corrected after Benjamini and Hochberg</summary>\n\n"
+            f"{table}\n\n</details>"
+        )
     return text
 
 
