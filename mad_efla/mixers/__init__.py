@@ -14,7 +14,9 @@ from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from mad_efla.config import Section
@@ -29,6 +31,20 @@ class MixerConfig(Section):
     """The fields of a mixer; `name` says which."""
 
     name: str
+
+
+class HeadsConfig(MixerConfig):
+    """The fields of a mixer whose heads have a state [Dk, Dv] each.
+
+    Attributes:
+        heads: Heads H.
+        key_dim: Key width Dk of a head; none means width / heads.
+        value_dim: Value width Dv of a head; none means width / heads.
+    """
+
+    heads: int = Field(8, ge=1)
+    key_dim: int | None = Field(None, ge=1)
+    value_dim: int | None = Field(None, ge=1)
 
 
 ConfigT = TypeVar("ConfigT", bound=MixerConfig)
@@ -104,6 +120,27 @@ def step_size_bias(n: int, low: float = 1e-3, high: float = 0.1) -> Float[Tensor
         raise ValueError(f"dt_min={low} must not be above dt_max={high}; swap them")
     dt = torch.empty(n).uniform_(math.log(low), math.log(high)).exp()
     return dt + torch.log(-torch.expm1(-dt))
+
+
+def head_widths(d_model: int, config: "HeadsConfig") -> tuple[int, int]:
+    """Return the widths Dk and Dv of a head.
+
+    Raises:
+        ValueError: The heads do not divide the model's width.
+    """
+    H = config.heads
+    if d_model % H and (config.key_dim is None or config.value_dim is None):
+        raise ValueError(
+            f"heads={H} must divide model.width={d_model}, or give key_dim and value_dim"
+        )
+    return config.key_dim or d_model // H, config.value_dim or d_model // H
+
+
+def split_heads(
+    x: Float[Tensor, "*axes HDs"], widths: tuple[int, ...], heads: int
+) -> list[Float[Tensor, "*axes H Dh"]]:
+    """Cut projections that lie side by side into their parts, and each into heads."""
+    return [rearrange(part, "... (H Dh) -> ... H Dh", H=heads) for part in x.split(widths, dim=-1)]
 
 
 def in_full(module: nn.Module, x: Tensor) -> Tensor:

@@ -34,12 +34,14 @@ from torch import Tensor, nn
 
 from mad_efla.dynamics import Dynamics
 from mad_efla.mixers import (
+    HeadsConfig,
     Mixer,
-    MixerConfig,
     RMSNorm,
     ShortConv,
     State,
+    head_widths,
     in_full,
+    split_heads,
     step_size_bias,
 )
 from mad_kernels import (
@@ -54,13 +56,10 @@ from mad_kernels import (
 class Delta(Mixer):
     """A mixer of the delta family."""
 
-    class Config(MixerConfig):
+    class Config(HeadsConfig):
         """Fields of the delta family.
 
         Attributes:
-            heads: Heads H.
-            key_dim: Key width Dk of a head; none means width / heads.
-            value_dim: Value width Dv of a head; none means width / heads.
             keys: `raw` or `l2`.
             step: How a token's flow is integrated.
             beta: Activation of beta.
@@ -71,9 +70,6 @@ class Delta(Mixer):
         """
 
         name: str = "delta"
-        heads: int = Field(8, ge=1)
-        key_dim: int | None = Field(None, ge=1)
-        value_dim: int | None = Field(None, ge=1)
         keys: Literal["raw", "l2"] = "raw"
         step: Literal["euler", "rk2", "rk4", "exact", "implicit", "kaczmarz"] = "exact"
         beta: Literal["sigmoid", "softplus", "2sigmoid"] = "sigmoid"
@@ -85,17 +81,12 @@ class Delta(Mixer):
     def __init__(self, d_model: int, config: Config):
         super().__init__(d_model, config)
         H = config.heads
-        if d_model % H and (config.key_dim is None or config.value_dim is None):
-            raise ValueError(
-                f"heads={H} must divide model.width={d_model}, or give key_dim and value_dim"
-            )
         if config.decay == "joint" and config.step != "exact":
             raise ValueError(
                 f"decay=joint is one exact flow, not step={config.step}; take step: exact, or "
                 "decay: separate"
             )
-        self.Dk = config.key_dim or d_model // H
-        self.Dv = config.value_dim or d_model // H
+        self.Dk, self.Dv = head_widths(d_model, config)
         self.widths = (H * self.Dk, H * self.Dk, H * self.Dv)
         self.qkv = nn.Linear(d_model, sum(self.widths), bias=False)
         self.beta = nn.Linear(d_model, H)
@@ -155,8 +146,7 @@ class Delta(Mixer):
         )
 
     def _heads(self, qkv: Tensor) -> list[Tensor]:
-        parts = qkv.split(self.widths, dim=-1)
-        return [rearrange(p, "... (H Dh) -> ... H Dh", H=self.config.heads) for p in parts]
+        return split_heads(qkv, self.widths, self.config.heads)
 
     def _strengths(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return key, erase, write and log decay of each token."""

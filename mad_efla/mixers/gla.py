@@ -29,7 +29,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mad_efla.dynamics import Dynamics
-from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, ShortConv, State, in_full
+from mad_efla.mixers import (
+    HeadsConfig,
+    Mixer,
+    RMSNorm,
+    ShortConv,
+    State,
+    head_widths,
+    in_full,
+    split_heads,
+)
 from mad_kernels import dplr, dplr_step
 
 _GAIN = 2**-2.5  # of the authors' Glorot initialisation
@@ -38,13 +47,10 @@ _GAIN = 2**-2.5  # of the authors' Glorot initialisation
 class GLA(Mixer):
     """Gated linear attention."""
 
-    class Config(MixerConfig):
+    class Config(HeadsConfig):
         """Fields of gated linear attention.
 
         Attributes:
-            heads: Heads H.
-            key_dim: Key width Dk of a head; none means width / heads.
-            value_dim: Value width Dv of a head; none means width / heads.
             gate_rank: Rank of the map that gives the decay.
             temperature: What log alpha is divided by.
             conv: Taps of a causal depthwise convolution and silu on q, k and v; 0 for neither.
@@ -53,9 +59,6 @@ class GLA(Mixer):
         """
 
         name: Literal["gla"] = "gla"
-        heads: int = Field(8, ge=1)
-        key_dim: int | None = Field(None, ge=1)
-        value_dim: int | None = Field(None, ge=1)
         gate_rank: int = Field(16, ge=1)
         temperature: float = Field(16.0, gt=0)
         conv: int = Field(4, ge=0)
@@ -65,12 +68,7 @@ class GLA(Mixer):
     def __init__(self, d_model: int, config: Config):
         super().__init__(d_model, config)
         H = config.heads
-        if d_model % H and (config.key_dim is None or config.value_dim is None):
-            raise ValueError(
-                f"heads={H} must divide model.width={d_model}, or give key_dim and value_dim"
-            )
-        self.Dk = config.key_dim or d_model // H
-        self.Dv = config.value_dim or d_model // H
+        self.Dk, self.Dv = head_widths(d_model, config)
         self.widths = (H * self.Dk, H * self.Dk, H * self.Dv)
         self.qkv = nn.Linear(d_model, sum(self.widths), bias=False)
         self.decay = nn.Sequential(
@@ -114,8 +112,7 @@ class GLA(Mixer):
         return 5 * self.config.heads * self.Dk * self.Dv
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = qkv.split(self.widths, dim=-1)
-        q, k, v = (rearrange(p, "... (H Dh) -> ... H Dh", H=self.config.heads) for p in parts)
+        q, k, v = split_heads(qkv, self.widths, self.config.heads)
         return q, k, v
 
     def _log_decay(self, x: Tensor) -> Tensor:

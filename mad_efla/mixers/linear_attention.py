@@ -24,29 +24,23 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mad_efla.dynamics import Dynamics
-from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, ShortConv, State
+from mad_efla.mixers import HeadsConfig, Mixer, RMSNorm, ShortConv, State, head_widths, split_heads
 from mad_kernels import delta_rule, delta_rule_step
 
 
 class LinearAttention(Mixer):
     """Linear attention with positive features."""
 
-    class Config(MixerConfig):
+    class Config(HeadsConfig):
         """Fields of linear attention.
 
         Attributes:
-            heads: Heads H.
-            key_dim: Key width Dk of a head; none means width / heads.
-            value_dim: Value width Dv of a head; none means width / heads.
             normalizer: Divide by the weights' sum.
             conv: Taps of a causal depthwise convolution on q, k and v; 0 for none.
             output_norm: RMSNorm over each head's output.
         """
 
         name: Literal["linear_attention"] = "linear_attention"
-        heads: int = Field(8, ge=1)
-        key_dim: int | None = Field(None, ge=1)
-        value_dim: int | None = Field(None, ge=1)
         normalizer: bool = False
         conv: int = Field(4, ge=0)
         output_norm: bool = True
@@ -54,12 +48,7 @@ class LinearAttention(Mixer):
     def __init__(self, d_model: int, config: Config):
         super().__init__(d_model, config)
         H = config.heads
-        if d_model % H and (config.key_dim is None or config.value_dim is None):
-            raise ValueError(
-                f"heads={H} must divide model.width={d_model}, or give key_dim and value_dim"
-            )
-        self.Dk = config.key_dim or d_model // H
-        self.Dv = config.value_dim or d_model // H
+        self.Dk, self.Dv = head_widths(d_model, config)
         self.widths = (H * self.Dk, H * self.Dk, H * self.Dv)
         self.qkv = nn.Linear(d_model, sum(self.widths), bias=False)
         self.out = nn.Linear(H * self.Dv, d_model, bias=False)
@@ -95,10 +84,7 @@ class LinearAttention(Mixer):
         return 4 * self.config.heads * self.Dk * (self.Dv + self.config.normalizer)
 
     def _parts(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            rearrange(p, "... (H Dh) -> ... H Dh", H=self.config.heads)
-            for p in qkv.split(self.widths, dim=-1)
-        )
+        q, k, v = split_heads(qkv, self.widths, self.config.heads)
         if self.config.normalizer:
             v = F.pad(v, (0, 1), value=1.0)
         return F.elu(q) + 1, F.elu(k) + 1, v
