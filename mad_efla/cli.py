@@ -345,25 +345,103 @@ def score(runs: Path, form: str | None) -> None:
 
 @cli.command()
 @click.argument("runs", type=click.Path(path_type=Path), default=OUT)
-@click.option(
-    "--into", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Replace the sections of these plans in FILE, and keep the others; else print.",
+@_options(
+    click.option(
+        "--into", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Replace the sections of these plans in FILE, and keep the others; else print.",
+    ),
+    click.option(
+        "--readings", type=click.Path(path_type=Path, file_okay=False, exists=True),
+        help="Folder with PLAN.md, to be set under the heading of a plan.",
+    ),
 )  # fmt: skip
 @_says_errors
-def results(runs: Path, into: Path | None) -> None:
+def results(runs: Path, into: Path | None, readings: Path | None) -> None:
     """Write the results page of the sweeps under RUNS: a section per plan, in Markdown.
 
     \b
-    mad-efla results runs --into RESULTS.md
+    mad-efla results runs --into RESULTS.md --readings sweeps
     """
     from mad_efla import results, store
 
-    found = results.sections(runs)
+    found = results.sections(runs, readings)
     if into is None:
         click.echo(results.page(found), nl=False)
         return
     previous = into.read_text() if into.exists() else ""
     store.write_bytes(into, results.page(found, previous).encode())
+
+
+@cli.command()
+@click.argument("runs", type=click.Path(path_type=Path), default=OUT)
+@click.option(
+    "--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Where the page goes, its figures beside it.  [default: RUNS/report/index.html]",
+)  # fmt: skip
+@_says_errors
+def report(runs: Path, to: Path | None) -> None:
+    """Write the sweeps under RUNS as one HTML page that needs no other file, and its figures.
+
+    Scores with intervals, difficulty, learning curves, memory, learning rates, paired differences,
+    spectra of the best runs, what failed, protocol and versions. Figures go beside the page as
+    PNG and SVG.
+
+    \b
+    mad-efla report runs --to recall.html
+    """
+    from mad_efla import report
+
+    written = report.write(runs, to or runs / "report" / "index.html")
+    click.echo(written[0])
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@_options(
+    _out,
+    click.option(
+        "--to", type=click.Path(path_type=Path, file_okay=False), default="figures",
+        show_default=True, help="Folder for the figures; those of the same name are replaced.",
+    ),
+    click.option("--against", metavar="RUN", help="Show the differences from this run, too."),
+    click.option(
+        "--examples", type=click.IntRange(1), default=16, show_default=True, metavar="N",
+        help="Sequences of the test split to look at.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(0), default=0, show_default=True,
+        help="Draws the noise and the replaced token that gains are measured with.",
+    ),
+)  # fmt: skip
+@_says_errors
+def spectrum(
+    runs: tuple[str, ...], out: Path, to: Path, against: str | None, examples: int, seed: int
+) -> None:
+    """Show what trained mixers do with their memory: a table, and figures as PNG and SVG.
+
+    A RUN is named by the beginning of its name, as in `mad-efla status`. Its weights are looked at
+    in float32 on the CPU: eigenvalues, horizons, rank of the state, overlap of keys, reach, gain.
+
+    \b
+    mad-efla spectrum 135d66 d83b51 --against 1719e0 --to figures
+    """
+    from mad_efla import display, figures, status
+    from mad_efla.figures import spectra
+
+    named = [status.find(out, run) for run in (*filter(None, [against]), *runs)]
+    folders = list({folder.fingerprint: folder for folder in named}.values())
+    names = spectra.names([folder.run() for folder in folders])
+    found = {
+        name: spectra.diagnose(folder, examples, seed)
+        for name, folder in zip(names, folders, strict=True)
+    }
+    drawn = spectra.figures(found)
+    scalars = {name: diagnosis.scalars() for name, diagnosis in found.items()}
+    table = display.spectra(scalars, names[0] if against else None)
+    display.stdout().print(table, soft_wrap=True)
+    for name, figure in drawn.items():
+        for path in figures.save(figure, to / name):
+            click.echo(path)
 
 
 @cli.group()

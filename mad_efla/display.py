@@ -1,5 +1,6 @@
 """What the terminal shows: tables on stdout, one live display on stderr."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -291,6 +292,46 @@ def step_times(times: list[StepTime]) -> Table:
             f"{tokens / seconds:,.0f}", f"{seconds / reference:.2f}",
         )  # fmt: skip
     return table
+
+
+def spectra(found: dict[str, dict[str, float]], against: str | None) -> Table:
+    """Draw the scalars of diagnoses: a row per quantity, a column per run, layer after layer.
+
+    Args:
+        found: Scalars of `spectrum.Diagnosis`, by the runs' names.
+        against: The run from which the others' differences are shown beside them.
+    """
+    title = "layer by layer, then their means; the last gains are the model's own"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for run in found:
+        table.add_column(run, justify="right", min_width=10, overflow="fold")
+        if against not in (None, run):
+            table.add_column("difference", justify="right", min_width=10)
+    rows = {key.removeprefix("spectrum/"): None for scalars in found.values() for key in scalars}
+    layers = sorted({_layer(row) for row in rows})
+    for layer in layers:
+        for row in (row for row in rows if _layer(row) == layer):
+            cells = []
+            base = None if against is None else found[against].get(f"spectrum/{row}")
+            for run, scalars in found.items():
+                value = scalars.get(f"spectrum/{row}")
+                cells.append("" if value is None else f"{value:z.4g}")
+                if against not in (None, run):
+                    cells.append(_difference(value, base))
+            table.add_row(row, *cells)
+        table.add_section()
+    return table
+
+
+def _difference(value: float | None, base: float | None) -> str:
+    return "" if value is None or base is None else f"{value - base:+z.3g}"
+
+
+def _layer(row: str) -> float:
+    """Return the number in `layer0/x_mean`; the model's own rows come last."""
+    first, _, rest = row.partition("/")
+    return int(first.removeprefix("layer")) if rest else math.inf
 
 
 def findings(title: str, found: list[Finding]) -> Table:

@@ -150,17 +150,18 @@ def _group(runs: list[RunConfig]) -> dict[Key, dict[str, list[RunConfig]]]:
     """
     conditions: dict[tuple[str, str], dict[str, None]] = {}
     for run in runs:
-        conditions.setdefault((run.task.name, run.setting), {})[_condition(run)] = None
+        conditions.setdefault((run.task.name, run.setting), {})[condition(run)] = None
     groups: dict[Key, dict[str, list[RunConfig]]] = {}
     for run in runs:
         several = len(conditions[run.task.name, run.setting]) > 1
-        setting = f"{run.setting} [{_condition(run)[:4]}]" if several else run.setting
+        setting = f"{run.setting} [{condition(run)[:4]}]" if several else run.setting
         points = groups.setdefault((run.mixer, run.task.name, setting), {})
         points.setdefault(scores.point_key(run), []).append(run)
     return groups
 
 
-def _condition(run: RunConfig) -> str:
+def condition(run: RunConfig) -> str:
+    """Digest what makes runs alike: task, data, model and budget."""
     parts = [getattr(run, s).model_dump() for s in ("task", "data", "model", "train")]
     return digest(canonical_json(parts))
 

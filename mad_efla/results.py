@@ -1,10 +1,11 @@
 """The results page: one section per plan, written from run files.
 
 A section holds what was run (commands, commit, machine, time), the leaderboards, and every setting
-with its interval. A file `<plan>.md` beside the plan is set under its heading: the reading of these
-figures, which is the only part that a person writes. Equal run files give equal bytes.
+with its interval. With a folder of readings, `<plan>.md` is set under the plan's heading: what a
+person concludes, the only part that is written. Equal run files give equal bytes.
 """
 
+import contextlib
 import datetime
 import re
 import shlex
@@ -26,8 +27,12 @@ they are bootstrapped over settings and seeds, at one setting they are Student's
 """
 
 
-def sections(out: Path) -> dict[str, str]:
+def sections(out: Path, readings: Path | None = None) -> dict[str, str]:
     """Write a Markdown section for every plan that was swept under a folder, by the plan's name.
+
+    Args:
+        out: The folder of run folders.
+        readings: A folder with `<plan>.md`, what a person concludes from these very figures.
 
     Raises:
         ConfigError: The folder holds no sweep.
@@ -37,7 +42,7 @@ def sections(out: Path) -> dict[str, str]:
         plans.setdefault(record.plan, []).append(record)
     if not plans:
         raise ConfigError(f"{out}: holds no sweep; run `mad-efla sweep` first, or name its folder")
-    return {plan: _section(plan, plans[plan], out) for plan in sorted(plans)}
+    return {plan: _section(plan, plans[plan], out, readings) for plan in sorted(plans)}
 
 
 def page(found: dict[str, str], previous: str = "") -> str:
@@ -52,11 +57,15 @@ def page(found: dict[str, str], previous: str = "") -> str:
     return _HEAD + "".join("\n" + everything[plan].strip() + "\n" for plan in sorted(everything))
 
 
-def _section(plan: str, records: list[SweepRecord], out: Path) -> str:
+def _section(plan: str, records: list[SweepRecord], out: Path, readings: Path | None) -> str:
     fingerprints = list(dict.fromkeys(f for r in records for f in r.fingerprints))
     runs = [f.run() for x in fingerprints if (f := RunFolder(out, x)).path.exists()]
     results = finished(out, fingerprints)
-    parts = [f"## {plan}", *_about(plan), _facts(records, len(fingerprints), runs, results)]
+    parts = [
+        f"## {plan}",
+        *_about(plan, readings),
+        _facts(records, len(fingerprints), runs, results),
+    ]
     parts += [_board(board) for board in leaderboard.leaderboards(runs, results)]
     for task in sorted({r.task.name for r in runs}):
         own = [r for r in runs if r.task.name == task]
@@ -64,16 +73,15 @@ def _section(plan: str, records: list[SweepRecord], out: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _about(plan: str) -> list[str]:
+def _about(plan: str, readings: Path | None) -> list[str]:
     """Return the plan's own sentence, and the reading of its results, where there are any."""
-    try:
-        path = config.find(plan, "sweeps")
-    except ConfigError:
-        return []
-    about = str(config.read(path).data.get("about", ""))
-    reading = path.with_suffix(".md")
-    written = reading.read_text().strip() if reading.exists() else ""
-    return [text for text in (about, written) if text]
+    texts = []
+    with contextlib.suppress(ConfigError):
+        texts.append(str(config.read(config.find(plan, "sweeps")).data.get("about", "")))
+    reading = readings / f"{plan}.md" if readings else None
+    if reading and reading.exists():
+        texts.append(reading.read_text().strip())
+    return [text for text in texts if text]
 
 
 def _facts(
@@ -81,7 +89,7 @@ def _facts(
 ) -> str:
     done = list(results.values())
     seeds = sorted({r.seed for r in runs})
-    commands = dict.fromkeys(_public(r.command) for r in records)
+    commands = dict.fromkeys(public_command(r.command) for r in records)
     rows = [["command", "<br>".join(f"`{command}`" for command in commands)]]
     diverged = sum(r.status == "diverged" for r in done)
     rows.append([
@@ -98,7 +106,7 @@ def _facts(
     return _table(["", ""], rows)
 
 
-def _public(command: str) -> str:
+def public_command(command: str) -> str:
     """Leave out where files and records went: paths of a machine, addresses with passwords."""
     words = iter(shlex.split(command))
     kept = []

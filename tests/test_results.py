@@ -56,11 +56,11 @@ def test_what_is_missing_is_said(files):
     assert "(incomplete)" in text
 
 
-def test_the_reading_of_a_shipped_plan_stands_under_its_heading(files, monkeypatch):
+def test_a_reading_stands_under_its_plan_s_heading_only_when_it_is_asked_for(files):
     call(*SWEEP)
-    monkeypatch.setattr(results.config, "find", lambda name, kind: files / f"{name}.yaml")
     (files / "plan.md").write_text("Nothing can be told from this.\n")
-    text = call("results").stdout
+    assert "Nothing can be told" not in call("results").stdout
+    text = call("results", "--readings", ".").stdout
     assert text.index("## plan") < text.index("Nothing can be told") < text.index("| command |")
 
 
@@ -82,5 +82,8 @@ def test_paths_and_addresses_stay_out_of_the_page():
     typed = (
         "mad-efla sweep recall --out /home/me/runs --set 'seeds=[0, 1]' --tracking-uri=http://u:p@h"
     )
-    assert results._public(typed) == "mad-efla sweep recall --set 'seeds=[0, 1]'"
-    assert results._public("mad-efla sweep a --no-tracking --tracking-uri x") == "mad-efla sweep a"
+    assert results.public_command(typed) == "mad-efla sweep recall --set 'seeds=[0, 1]'"
+    assert (
+        results.public_command("mad-efla sweep a --no-tracking --tracking-uri x")
+        == "mad-efla sweep a"
+    )
