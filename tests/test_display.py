@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from mad_efla import display
+from mad_efla.estimate import Costs
 from mad_efla.execute import Event
 from mad_efla.store import Row, RunFolder
 from tests.test_store import result
@@ -25,7 +26,8 @@ def followed(folder, monkeypatch, terminal):
     monkeypatch.setattr(display, "stderr", lambda: console)
     monkeypatch.setattr(display, "_PLAIN_SECONDS", 0.0)
     run = tiny()
-    with display.Follow([run, tiny(seed=1)], [tiny(seed=1)]) as follow:
+    costs = Costs([run, tiny(seed=1)])
+    with display.Follow([run, tiny(seed=1)], [run], costs, 1) as follow:
         follow.update([Event(run, "running", folder)])
         folder.append([Row(10, 1, {"train/loss": 1.5}), Row(10, 1, {"val/token_accuracy": 0.25})])
         follow.update([Event(run, "running", folder)])
