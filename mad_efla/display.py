@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,14 +15,17 @@ from mad_efla.bench import StepTime
 from mad_efla.contract import Finding
 from mad_efla.estimate import Costs
 from mad_efla.execute import Event
-from mad_efla.leaderboard import Leaderboard
 from mad_efla.run import RunConfig
 from mad_efla.scores import Interval, Line
 from mad_efla.status import Standing
 from mad_efla.store import RunFolder
 from mad_efla.sweep import Match
 
+if TYPE_CHECKING:  # a second of scipy that a sweep does without
+    from mad_efla.leaderboard import Leaderboard
+
 PLAIN_WIDTH = 140  # columns, where stdout is no terminal
+_MOST_ROWS = 100  # of runs one by one
 _PLAIN_SECONDS = 15.0  # between lines about running runs, where stderr is no terminal
 
 _ROLES = {"key": "bold cyan", "value": "green"}
@@ -216,17 +219,30 @@ def _point(line: Line) -> str:
 
 
 def runs(found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict) -> Table:
-    """Draw the runs that a sweep would make, with what differs between them."""
+    """Draw the runs that a sweep would make, with what differs between them.
+
+    A long sweep has a row per setting and mixer, with all the values of its runs in a cell.
+    """
+    rows: dict[Any, list[int]] = {}
+    mixers = columns.get("mixer", [""] * len(found))
+    for index, run in enumerate(found):
+        row = index if len(found) <= _MOST_ROWS else (run.setting, mixers[index])
+        rows.setdefault(row, []).append(index)
     table = Table(title_justify="left")
-    table.add_column("run")
+    table.add_column("run" if len(found) <= _MOST_ROWS else "runs", justify="right")
     for heading in columns:
         table.add_column(heading.split(".")[-1], justify="right")
     for heading in ("steps", "parameters", "state"):
         table.add_column(heading, justify="right")
-    for index, run in enumerate(found):
-        values = [str(column[index]) for column in columns.values()]
+    for indices in rows.values():
+        cells = [
+            ", ".join(str(v) for v in dict.fromkeys(column[i] for i in indices))
+            for column in columns.values()
+        ]
+        run = found[indices[0]]
         parameters, state = sizes[run.fingerprint]
-        table.add_row(run.fingerprint, *values, str(run.steps), f"{parameters:,}", f"{state:,}")
+        first = run.fingerprint if len(found) <= _MOST_ROWS else str(len(indices))
+        table.add_row(first, *cells, str(run.steps), f"{parameters:,}", f"{state:,}")
     return table
 
 
@@ -240,7 +256,7 @@ def matches(found: list[Match]) -> list[str]:
     return lines
 
 
-def leaderboard(board: Leaderboard) -> list[Table]:
+def leaderboard(board: "Leaderboard") -> list[Table]:
     """Draw the scores of one protocol: per task, over all tasks, and mixer against mixer."""
     tasks = Table(title=f"protocol {board.protocol}: tasks", title_justify="left")
     for heading in ("task", "mixer"):
@@ -270,7 +286,7 @@ def leaderboard(board: Leaderboard) -> list[Table]:
     return [tasks, mixers, _differences(board)] if board.differences else [tasks, mixers]
 
 
-def _differences(board: Leaderboard) -> Table:
+def _differences(board: "Leaderboard") -> Table:
     table = Table(title="same tasks, settings and seeds, paired", title_justify="left")
     table.add_column("first minus second", no_wrap=True)
     for heading in ("points", "95 % interval", "pairs", "Wilcoxon p", "corrected p"):
