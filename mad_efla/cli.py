@@ -146,11 +146,12 @@ def _dry_run(sweeps: "list[Sweep]", out: Path, workers: int) -> None:
         console.print(
             display.runs(found.runs, sweep.differences(found.runs), found.sizes), soft_wrap=True
         )
-    guess = estimate.estimate(runs, out, {f: s for w in sweeps for f, s in w.sizes.items()})
+    sizes = {f: s for w in sweeps for f, s in w.sizes.items()}
+    guess = estimate.estimate(runs, out, sizes, workers)
     same = f"protocol {sweeps[0].protocol}, precision {runs[0].train.precision}"
     console.print(
         f"{len(runs)} runs, {guess.done} of them done; {same}; "
-        f"about {display.duration(guess.seconds / max(workers, 1))} "
+        f"about {display.duration(guess.seconds)} "
         f"on {max(workers, 1)} workers ({guess.basis})",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
@@ -161,7 +162,7 @@ def _sweep(
     max_hours: float | None, retry_failed: bool,
 ) -> int:  # fmt: skip
     """Make what is missing, mirror it, print the tables; return the exit status."""
-    from mad_efla import display, execute, store, tracking
+    from mad_efla import display, estimate, execute, store, tracking
 
     store.ensure_writable(out)
     err = display.stderr()
@@ -185,10 +186,11 @@ def _sweep(
             settled = done.keys() | (set() if retry_failed else store.given_up(out, runs))
             waiting = [r for r in runs if r.fingerprint not in settled]
             if waiting:
-                with display.Follow(runs, [r for r in runs if r.fingerprint in settled]) as follow:
+                costs = estimate.Costs(runs).read(out)
+                with display.Follow(runs, waiting, costs, workers) as follow:
                     execute.execute(
                         waiting, out, device=device, workers=workers, watch=follow.update,
-                        deadline=deadline,
+                        deadline=deadline, limits=sweeps[0].limits, costs=costs,
                     )  # fmt: skip
         except execute.OutOfTime:
             interrupted = True
@@ -285,8 +287,8 @@ def status(runs: Path) -> None:
 
     console = display.stdout()
     for standing in status.standings(runs):
-        left = estimate.seconds_left(standing.runs, runs)
-        for line in display.standing(standing, left):
+        costs = estimate.Costs(standing.runs).read(runs)
+        for line in display.standing(standing, costs):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -199,6 +200,8 @@ class RunFolder:
         """Forget how the last attempt ended; a new one starts."""
         self.check_claim()
         (self.path / "failure.json").unlink(missing_ok=True)
+        for left in self.path.glob(".*.partial"):  # by a process that was killed
+            left.unlink(missing_ok=True)
 
     def finish(self, result: Result) -> None:
         """Write the result; from here on the run is done."""
@@ -401,7 +404,7 @@ def ensure_writable(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{os.getpid()}"
+        probe = out / f".probe-{secrets.token_hex(8)}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -417,12 +420,16 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_bytes(path: Path, raw: bytes) -> None:
     """Replace a file atomically: afterwards it is the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

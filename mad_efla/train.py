@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mad_efla import data, model
+from mad_efla import data, model, shared
 from mad_efla.metrics import Tally
 from mad_efla.run import OptimConfig, RunConfig
 from mad_efla.store import Result, Row, RunFolder, Scores, now
@@ -121,7 +121,7 @@ class Loop:
     def __init__(self, run: RunConfig, folder: RunFolder, device: torch.device):
         self._begun = self._saved = time.perf_counter()
         self.run, self.folder, self.device = run, folder, device
-        self.data = data.make(run.task, run.seed, run.data)
+        self.data = shared.load(folder.path.parent / shared.FOLDER, run.task, run.seed, run.data)
         self.splits = {
             split: _tensors(getattr(self.data, split), run.train.loss if split == "train" else "")
             for split in data.SPLITS
