@@ -32,7 +32,7 @@ ATTEMPTS = 2  # of a run whose worker was killed under it
 _POLL_SECONDS = 0.2
 
 # glibc: keep freed memory instead of handing it back; a training step is 5 to 10 % faster.
-_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 
 
 class Event(NamedTuple):
@@ -81,7 +81,7 @@ def execute(
     if workers == 0:
         _in_this_process(longest_first, out, device, about, watch, deadline)
         return
-    with _terminate_as_interrupt():
+    with terminate_as_interrupt():
         _in_workers(longest_first, out, device, workers, about, watch, deadline)
 
 
@@ -133,7 +133,7 @@ def _in_workers(
     watch: Watch,
     deadline: float,
 ) -> None:
-    os.environ.update(_ALLOCATOR | os.environ)
+    os.environ.update(ALLOCATOR | os.environ)
     pool = ProcessPool(
         max_workers=min(workers, len(runs)) or 1,
         context=multiprocessing.get_context("spawn"),
@@ -169,7 +169,7 @@ def _in_workers(
         raise
     finally:
         pool.join()
-        _mark_interrupted(runs, out)
+        mark_interrupted(runs, out)
 
 
 def _ended(run: RunConfig, future: ProcessFuture, out: Path, attempt: int) -> bool:
@@ -218,14 +218,15 @@ def _work(fingerprint: str, out: str, device: str, about: dict[str, str]) -> Non
     driver = parent.pid if parent else None  # not getppid: the driver may be dead by now
     folder = RunFolder(Path(out), fingerprint)
     with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
-        _attempt(folder, device, about, lambda: bool(asked) or os.getppid() != driver)
+        attempt(folder, device, about, lambda: bool(asked) or os.getppid() != driver)
     if asked or os.getppid() != driver:
         os._exit(0)  # the pool is gone
 
 
-def _attempt(
+def attempt(
     folder: RunFolder, device: str, about: dict[str, str], stop: Callable[[], bool]
 ) -> None:
+    """Make one run in this process, once it is free; whatever goes wrong is in its folder."""
     with contextlib.suppress(Fenced), _hold(folder, stop) as held:  # a run taken over is not ours
         if not held or folder.result() is not None:  # another sweep may just have made it
             return
@@ -270,16 +271,16 @@ def _in_this_process(
         for run in runs:
             folder = RunFolder(out, run.fingerprint)
             watch([Event(run, "running", folder)])
-            _attempt(folder, device, about, lambda: time.monotonic() > deadline)
+            attempt(folder, device, about, lambda: time.monotonic() > deadline)
             watch([Event(run, folder.status(), folder)])
             if folder.result() is None and time.monotonic() > deadline:
                 raise OutOfTime
     finally:
         torch.set_num_threads(threads)
-        _mark_interrupted(runs, out)
+        mark_interrupted(runs, out)
 
 
-def _mark_interrupted(runs: list[RunConfig], out: Path) -> None:
+def mark_interrupted(runs: list[RunConfig], out: Path) -> None:
     """Mark what was begun and neither ended nor said why."""
     for run in runs:
         folder = RunFolder(out, run.fingerprint)
@@ -288,7 +289,7 @@ def _mark_interrupted(runs: list[RunConfig], out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C, so that both end the same clean way."""
 
     def interrupt(number: int, frame: object) -> None:
