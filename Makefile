@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install sweep test peer stress check gpu clean
+.PHONY: install sweep test peer cluster stress check gpu clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,14 @@ peer: $(VENV)/.peer
 
 $(VENV)/.peer: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[peer]'
+	touch $@
+
+# A Ray cluster of two nodes, one killed under a sweep, and Slurm's jobs without its queue: 90 MB.
+cluster: $(VENV)/.cluster
+	$(BIN)/python -m pytest -m cluster tests/executors
+
+$(VENV)/.cluster: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[ray,slurm]'
 	touch $@
 
 # Fifty kills of a sweep's processes, and a count of what was lost, doubled or differs.

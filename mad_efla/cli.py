@@ -19,6 +19,7 @@ import click
 from mad_efla.config import ConfigError
 
 if TYPE_CHECKING:
+    from mad_efla.executors import Executor
     from mad_efla.store import SweepRecord
     from mad_efla.sweep import Sweep
 
@@ -86,6 +87,14 @@ def cli() -> None:
         "--workers", type=click.IntRange(0), metavar="N",
         help="Worker processes, one thread each; 0 trains in this process.  [default: the cores]",
     ),
+    click.option(
+        "--per-device", type=click.IntRange(1), metavar="N",
+        help="Runs that share a GPU, in processes of their own.  [default: 1]",
+    ),
+    click.option(
+        "--executor", type=click.Choice(["local", "ray", "slurm"]), default="local",
+        show_default=True, help="Whose processes: this machine's, or a cluster's.",
+    ),
     _out,
     _tracking,
     click.option("--no-tracking", is_flag=True, help="Leave MLflow alone; `mad-efla sync` later."),
@@ -99,8 +108,9 @@ def cli() -> None:
 @_says_errors
 def sweep(
     tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], device: str,
-    workers: int | None, out: Path, tracking_uri: str | None, no_tracking: bool, dry_run: bool,
-    max_hours: float | None, retry_failed: bool,
+    workers: int | None, per_device: int | None, executor: str, out: Path,
+    tracking_uri: str | None, no_tracking: bool, dry_run: bool, max_hours: float | None,
+    retry_failed: bool,
 ) -> None:  # fmt: skip
     """Train every mixer of a plan on TASKS and show who learned what.
 
@@ -112,29 +122,22 @@ def sweep(
     mad-efla sweep tasks/recall.yaml
     mad-efla sweep recall --plan mad --dry-run
     mad-efla sweep recall --set mixers=[efla] --set optim.lr=0.003
+    mad-efla sweep recall --plan mad --executor ray
     """
-    from mad_efla import execute, sweep
+    from mad_efla import executors, sweep
 
-    device = execute.resolve_device(device)
-    precision = execute.resolve_precision(device)
-    sweeps = [sweep.expand(task, plan, assignments, precision) for task in tasks]
-    workers = _workers(device) if workers is None else workers
+    runner = executors.choose(executor, device=device, workers=workers, per_device=per_device)
+    sweeps = [sweep.expand(task, plan, assignments, runner.precision) for task in tasks]
     if dry_run:
-        _dry_run(sweeps, out, workers)
+        _dry_run(sweeps, out, runner.slots)
         return
     from mad_efla import tracking
 
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
-    sys.exit(_sweep(sweeps, out, device, workers, uri, max_hours, retry_failed))
+    sys.exit(_sweep(sweeps, out, runner, uri, max_hours, retry_failed))
 
 
-def _workers(device: str) -> int:
-    return 1 if device == "cuda" else len(os.sched_getaffinity(0)) if hasattr(
-        os, "sched_getaffinity"
-    ) else os.cpu_count() or 1  # fmt: skip
-
-
-def _dry_run(sweeps: "list[Sweep]", out: Path, workers: int) -> None:
+def _dry_run(sweeps: "list[Sweep]", out: Path, slots: int) -> None:
     from mad_efla import display, estimate, sweep
 
     console = display.stdout()
@@ -147,18 +150,17 @@ def _dry_run(sweeps: "list[Sweep]", out: Path, workers: int) -> None:
             display.runs(found.runs, sweep.differences(found.runs), found.sizes), soft_wrap=True
         )
     sizes = {f: s for w in sweeps for f, s in w.sizes.items()}
-    guess = estimate.estimate(runs, out, sizes, workers)
+    guess = estimate.estimate(runs, out, sizes, slots)
     same = f"protocol {sweeps[0].protocol}, precision {runs[0].train.precision}"
     console.print(
         f"{len(runs)} runs, {guess.done} of them done; {same}; "
-        f"about {display.duration(guess.seconds)} "
-        f"on {max(workers, 1)} workers ({guess.basis})",
+        f"about {display.duration(guess.seconds)} on {slots} workers ({guess.basis})",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
 
 
 def _sweep(
-    sweeps: "list[Sweep]", out: Path, device: str, workers: int, tracking_uri: str | None,
+    sweeps: "list[Sweep]", out: Path, runner: "Executor", tracking_uri: str | None,
     max_hours: float | None, retry_failed: bool,
 ) -> int:  # fmt: skip
     """Make what is missing, mirror it, print the tables; return the exit status."""
@@ -187,10 +189,10 @@ def _sweep(
             waiting = [r for r in runs if r.fingerprint not in settled]
             if waiting:
                 costs = estimate.Costs(runs).read(out)
-                with display.Follow(runs, waiting, costs, workers) as follow:
-                    execute.execute(
-                        waiting, out, device=device, workers=workers, watch=follow.update,
-                        deadline=deadline, limits=sweeps[0].limits, costs=costs,
+                with display.Follow(runs, waiting, costs, runner.slots) as follow:
+                    runner.execute(
+                        waiting, out, watch=follow.update, deadline=deadline,
+                        limits=sweeps[0].limits, costs=costs,
                     )  # fmt: skip
         except execute.OutOfTime:
             interrupted = True

@@ -38,7 +38,7 @@ _STOP_SECONDS = 30.0  # for a worker to finish its step and write a checkpoint
 _GRACE_SECONDS = 10.0  # for a run to notice by itself that its time is over
 
 # glibc: keep freed memory instead of handing it back; a training step is 5 to 10 % faster.
-_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 
 
 class Event(NamedTuple):
@@ -87,16 +87,16 @@ def execute(
     """
     for run in runs:
         RunFolder(out, run.fingerprint).create(run)
-    work = _Work(runs, out, costs or Costs(runs))
+    work = Work(runs, out, costs or Costs(runs))
     about = environment(device)
     try:
         if workers == 0:
             _in_this_process(work, device, about, watch, deadline, limits)
         else:
-            with _terminate_as_interrupt():
+            with terminate_as_interrupt():
                 _Pool(work, min(workers, len(runs)), device, about, limits).run(watch, deadline)
     finally:
-        _mark_interrupted(runs, out)
+        mark_interrupted(runs, out)
 
 
 def resolve_device(wish: str) -> str:
@@ -138,8 +138,14 @@ def environment(device: str) -> dict[str, str]:
 # ------------------------------------------------------------------ the pool
 
 
-class _Work:
-    """The runs that are to be made: which is next, and what each one's end teaches."""
+class Work:
+    """The runs that are to be made: which is next, and what each one's end teaches.
+
+    Args:
+        runs: They.
+        out: The folder of run folders.
+        costs: What is known of their costs.
+    """
 
     def __init__(self, runs: list[RunConfig], out: Path, costs: Costs):
         self.out, self.costs = out, costs
@@ -149,6 +155,11 @@ class _Work:
     def next(self) -> RunConfig:
         """Take the longest that is left."""
         return self.waiting.pop(self.costs.longest(self.waiting))
+
+    def __iter__(self) -> Iterator[RunConfig]:
+        """Take one after the other."""
+        while self.waiting:
+            yield self.next()
 
     def ended(self, run: RunConfig) -> Event:
         """Take note that a run needs nothing more."""
@@ -205,9 +216,9 @@ class _Pool:
     """Worker processes that make the runs of a call."""
 
     def __init__(
-        self, work: _Work, workers: int, device: str, about: dict[str, str], limits: Limits
+        self, work: Work, workers: int, device: str, about: dict[str, str], limits: Limits
     ):
-        os.environ.update(_ALLOCATOR | os.environ)
+        os.environ.update(ALLOCATOR | os.environ)
         self._work, self._limits = work, limits
         self._arguments = (str(work.out), device, about, limits)
         self._workers = [_Worker(self._arguments) for _ in range(workers)]
@@ -413,7 +424,7 @@ def _hold(folder: RunFolder, stop: Callable[[], bool]) -> Iterator[bool]:
 
 
 def _in_this_process(
-    work: _Work,
+    work: Work,
     device: str,
     about: dict[str, str],
     watch: Watch,
@@ -435,7 +446,7 @@ def _in_this_process(
         torch.set_num_threads(threads)
 
 
-def _mark_interrupted(runs: list[RunConfig], out: Path) -> None:
+def mark_interrupted(runs: list[RunConfig], out: Path) -> None:
     """Mark what was begun and neither ended nor said why."""
     for run in runs:
         folder = RunFolder(out, run.fingerprint)
@@ -444,7 +455,7 @@ def _mark_interrupted(runs: list[RunConfig], out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C, so that both end the same clean way."""
 
     def interrupt(number: int, frame: object) -> None:

@@ -152,7 +152,7 @@ def test_the_longest_that_is_left_goes_first_and_ends_teach_what_is_long(tmp_pat
     seen = run_all(runs, tmp_path, workers=0, costs=costs)
     assert [f for f, s in seen if s == "running"] == [runs[i].fingerprint for i in (1, 2, 0)]
     assert not (tmp_path / "runs" / "data").exists()
-    work = execute._Work([tiny(seed=8, train__steps=n) for n in (5, 20)], tmp_path, Costs([]))
+    work = execute.Work([tiny(seed=8, train__steps=n) for n in (5, 20)], tmp_path, Costs([]))
     slow, quick = work.waiting.values()
     work.costs = Costs([slow, quick])
     work.costs.learn(slow.fingerprint, result(slow.fingerprint, seconds=100.0, steps=5))
