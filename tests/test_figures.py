@@ -70,7 +70,7 @@ def test_the_last_share_is_that_of_horizons_beyond_the_longest_lag():
     assert shares.x[[0, -1]] == pytest.approx([1, L / 2])
     at = np.interp([1.5, 3, 10, L / 2], shares.x, shares.middle)
     assert at.tolist() == [1, 0.75, 0.5, 0.5]
-    assert shares.middle[-1] == made.scalars()["horizon_median_beyond"]
+    assert shares.middle[-1] == made.scalars()["horizon_beyond"]
 
 
 def test_eigenvalues_fall_into_the_bins_of_their_head_and_never_outside():
