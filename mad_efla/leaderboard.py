@@ -167,25 +167,19 @@ def condition(run: RunConfig) -> str:
 
 
 def _cell(points: dict[str, list[RunConfig]], results: dict[str, Result]) -> _Cell | None:
-    done = {
-        key: {r.seed: results[r.fingerprint] for r in runs if r.fingerprint in results}
-        for key, runs in points.items()
-    }
-    done = {key: found for key, found in done.items() if found}
-    if not done:
+    chosen = scores.choose(points, results)
+    if chosen is None:
         return None
-    chosen = max(done, key=lambda key: (scores.validation(list(done[key].values())), key))
-    tests = {key: [_test(r) for r in found.values()] for key, found in done.items()}
+    found = chosen[1]
+    tests = [
+        [scores.test_accuracy(results[r.fingerprint]) for r in runs if r.fingerprint in results]
+        for runs in points.values()
+    ]
     return _Cell(
-        chosen={seed: _test(result) for seed, result in sorted(done[chosen].items())},
-        best_on_test=max(math.fsum(t) / len(t) for t in tests.values()),
-        ceiling=_mean([r.ceiling for r in done[chosen].values()]),
+        chosen={seed: scores.test_accuracy(result) for seed, result in sorted(found.items())},
+        best_on_test=max(_mean(t) for t in tests if t),
+        ceiling=_mean([r.ceiling for r in found.values()]),
     )
-
-
-def _test(result: Result) -> float:
-    """Return a run's test accuracy; a run that diverged answers nothing."""
-    return result.test.token_accuracy if result.test else 0.0
 
 
 def _task_score(

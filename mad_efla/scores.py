@@ -2,7 +2,7 @@
 
 For each setting and mixer the grid point with the highest mean validation accuracy over seeds is
 chosen; what is shown is its test accuracy, averaged over seeds, with an interval. A diverged run
-counts as zero when grid points are compared, and is named in the table.
+counts as zero on either split, and is named in the table.
 """
 
 import math
@@ -29,7 +29,7 @@ class Line(NamedTuple):
         setting: The setting's label.
         mixer: The mixer's label.
         point: Grid fields of the chosen point, empty if there was no grid.
-        seeds: Runs the score is made of.
+        seeds: Runs the score is made of, diverged ones included.
         accuracy: Test token accuracy; None where every run diverged.
         macro_accuracy: Mean test macro accuracy.
         loss: Mean test loss, nats per scored token.
@@ -88,38 +88,64 @@ def point_key(run: RunConfig) -> str:
     return canonical_json({k: v for k, v in run.model_dump().items() if k != "seed"})
 
 
-def _line(points: dict[str, list[RunConfig]], results: dict[str, Result]) -> Line | None:
-    done = {
-        key: [results[r.fingerprint] for r in runs if r.fingerprint in results]
-        for key, runs in points.items()
-    }
-    done = {key: found for key, found in done.items() if found}
-    if not done:
-        return None
-    best = max(done, key=lambda key: validation(done[key]))
-    found, runs = done[best], points[best]
-    good = [r for r in found if r.test is not None]
-    everything = [r for runs in points.values() for r in runs]
-    return Line(
-        setting=runs[0].setting,
-        mixer=runs[0].mixer,
-        point=_chosen(runs[0], everything),
-        seeds=len(good),
-        accuracy=interval([r.test.token_accuracy for r in good if r.test]) if good else None,
-        macro_accuracy=_mean([r.test.macro_accuracy for r in good if r.test]),
-        loss=_mean([r.test.loss for r in good if r.test]),
-        parameters=found[0].parameters,
-        state_size=found[0].state_size,
-        steps_to_90=_median([r.steps_to_90 for r in found]),
-        seconds=_mean([r.seconds for r in found]) or 0.0,
-        missing=_missing(everything, results),
-    )
+def choose(
+    points: dict[str, list[RunConfig]], results: dict[str, Result]
+) -> tuple[str, dict[int, Result]] | None:
+    """Choose a point of the grid: the key of the best, and its results by seed.
+
+    Best is the highest mean validation accuracy over seeds, a diverged run counting as zero. Of
+    equals the lowest mean validation loss of the runs that ended, then the plan's first.
+
+    Args:
+        points: The runs of every point of one mixer and setting.
+        results: Results by fingerprint; None is returned if the points have none.
+    """
+    best = None
+    for key, runs in points.items():
+        found = {r.seed: results[r.fingerprint] for r in runs if r.fingerprint in results}
+        if not found:
+            continue
+        ended = [r.validation for r in found.values() if r.validation]
+        loss = math.fsum(v.loss for v in ended) / len(ended) if ended else math.inf
+        merit = (validation(list(found.values())), -loss)
+        if best is None or merit > best[0]:
+            best = merit, key, found
+    return best and best[1:]
 
 
 def validation(found: list[Result]) -> float:
     """Return the mean validation accuracy by which a grid point is chosen; divergence is zero."""
     return math.fsum(r.validation.token_accuracy if r.validation else 0.0 for r in found) / len(
         found
+    )
+
+
+def test_accuracy(result: Result) -> float:
+    """Return a run's test accuracy; a run that diverged answers nothing."""
+    return result.test.token_accuracy if result.test else 0.0
+
+
+def _line(points: dict[str, list[RunConfig]], results: dict[str, Result]) -> Line | None:
+    chosen = choose(points, results)
+    if chosen is None:
+        return None
+    best, by_seed = chosen
+    found, runs = list(by_seed.values()), points[best]
+    ended = [r.test for r in found if r.test]
+    everything = [r for runs in points.values() for r in runs]
+    return Line(
+        setting=runs[0].setting,
+        mixer=runs[0].mixer,
+        point=_chosen(runs[0], everything),
+        seeds=len(found),
+        accuracy=interval([test_accuracy(r) for r in found]) if ended else None,
+        macro_accuracy=_mean([t.macro_accuracy for t in ended]),
+        loss=_mean([t.loss for t in ended]),
+        parameters=found[0].parameters,
+        state_size=found[0].state_size,
+        steps_to_90=_median([r.steps_to_90 for r in found]),
+        seconds=_mean([r.seconds for r in found]) or 0.0,
+        missing=_missing(everything, results),
     )
 
 

@@ -75,7 +75,28 @@ def test_a_mixer_that_only_diverged_is_shown_as_such():
     gone = result(run.fingerprint, status="diverged", test=None, validation=None)
     (line,) = scores.table([run], {run.fingerprint: gone})
     assert line.accuracy is None
-    assert line.seeds == 0
+    assert line.missing == "1 diverged"
+
+
+def test_a_seed_that_diverged_counts_as_zero():
+    runs = [tiny(seed=s) for s in (0, 1)]
+    results = {runs[0].fingerprint: done(runs[0], 0.8, 0.8)}
+    results[runs[1].fingerprint] = result(
+        runs[1].fingerprint, status="diverged", test=None, validation=None
+    )
+    (line,) = scores.table(runs, results)
+    assert line.accuracy.mean == 0.4
+    assert line.seeds == 2
+    assert line.loss == pytest.approx(0.2)  # of the one that ended
+
+
+def test_of_points_with_equal_accuracy_the_lower_loss_is_chosen_then_the_first():
+    runs = [tiny(optim__lr=lr) for lr in (0.01, 0.02, 0.03)]
+    results = {r.fingerprint: done(r, 1.0, 1.0) for r in runs}
+    assert scores.table(runs, results)[0].point == {"optim.lr": 0.01}
+    sure = Scores(loss=-1.0, token_accuracy=1.0, macro_accuracy=1.0)
+    results[runs[1].fingerprint] = result(runs[1].fingerprint, validation=sure, test=split(1.0))
+    assert scores.table(runs, results)[0].point == {"optim.lr": 0.02}
 
 
 def test_missing_runs_are_counted():
