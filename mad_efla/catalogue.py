@@ -13,8 +13,9 @@ from mad_efla import config, data, model, plugins
 from mad_efla.config import ConfigError, suggest
 from mad_efla.run import build_task
 from mad_efla.sweep import Plan
+from mad_efla.tasks import RealTask
 
-Block = tuple[list[int], list[str], list[int], list[int]]
+Block = tuple[list[int] | list[float], list[str], list[int], list[int] | None]
 
 
 def table(kind: str) -> Table:
@@ -80,6 +81,8 @@ def costs(at: Iterable[str]) -> Table:
 def examples(task: str, assignments: Iterable[str], seed: int, count: int) -> Iterator[Block]:
     """Generate test examples of a task file with roles, targets and the solver's answers.
 
+    Real inputs are rounded to hundredths; a task that has no solver has None for its answers.
+
     Raises:
         ConfigError: The task file or an override is wrong.
     """
@@ -91,11 +94,12 @@ def examples(task: str, assignments: Iterable[str], seed: int, count: int) -> It
     world = built.world(data.stream(seed, "world"))
     found = built.sample(count, data.stream(seed, "test", 0), "test", world)
     for inputs, targets in zip(found.inputs, found.targets, strict=True):
+        real = isinstance(built, RealTask)
         yield (
-            inputs.tolist(),
+            [round(x, 2) for x in inputs.tolist()] if real else inputs.tolist(),
             built.describe(inputs),
             targets.tolist(),
-            built.solve(inputs, world).tolist(),
+            None if real else built.solve(inputs, world).tolist(),
         )
 
 

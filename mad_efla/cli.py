@@ -63,6 +63,18 @@ _log_model = click.option(
 )  # fmt: skip
 
 
+def _use_data_dir(context: click.Context, option: click.Parameter, folder: Path | None) -> None:
+    if folder is not None:
+        os.environ["MAD_EFLA_DATA"] = str(folder.absolute())  # so that workers have it, too
+
+
+_data_dir = click.option(
+    "--data-dir", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
+    callback=_use_data_dir, expose_value=False,
+    help="Folder of data sets, as DIR/mnist/; else MAD_EFLA_DATA.",
+)  # fmt: skip
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mad-efla")
 def cli() -> None:
@@ -114,6 +126,7 @@ def cli() -> None:
         help="Stop after H hours as Ctrl-C would.",
     ),
     click.option("--retry-failed", is_flag=True, help="Make runs again that failed by an error."),
+    _data_dir,
 )  # fmt: skip
 @_says_errors
 def sweep(
@@ -427,9 +440,12 @@ def results(runs: Path, into: Path | None, readings: Path | None) -> None:
 
 @cli.command()
 @click.argument("runs", type=click.Path(path_type=Path), default=OUT)
-@click.option(
-    "--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Where the page goes, its figures beside it.  [default: RUNS/report/index.html]",
+@_options(
+    click.option(
+        "--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Where the page goes, its figures beside it.  [default: RUNS/report/index.html]",
+    ),
+    _data_dir,
 )  # fmt: skip
 @_says_errors
 def report(runs: Path, to: Path | None) -> None:
@@ -470,6 +486,7 @@ def report(runs: Path, to: Path | None) -> None:
         help="Draw each RUN on a page of its own, too, as an artifact of the run in MLflow.",
     ),
     _tracking,
+    _data_dir,
 )  # fmt: skip
 @_says_errors
 def spectrum(
@@ -535,6 +552,7 @@ def bench() -> None:
         help="Where to train.",
     ),
     click.option("--rounds", type=click.IntRange(4), default=10, show_default=True),
+    _data_dir,
 )  # fmt: skip
 @_says_errors
 def bench_step(
@@ -559,18 +577,21 @@ def bench_step(
 @_options(
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
     click.option("--rounds", type=click.IntRange(1), default=1, show_default=True),
+    _data_dir,
 )  # fmt: skip
 @_says_errors
 def bench_data(tasks: tuple[str, ...], seed: int, rounds: int) -> None:
-    """Time the generation of every setting of TASKS (all shipped ones), on one core.
+    """Time the generation of every setting of TASKS (all that generate), on one core.
 
     \b
     mad-efla bench data recall fuzzy_recall --rounds 3
     """
     from mad_efla import bench, config, display, sweep
+    from mad_efla.tasks import RealTask
 
     names = tasks or tuple(str(path) for path in config.presets("tasks"))
     settings = [setting for task in names for setting in sweep.settings(task)]
+    settings = [s for s in settings if tasks or not isinstance(s.task, RealTask)]
     display.stdout().print(bench.data_table(bench.data_times(settings, seed, rounds)))
 
 
@@ -591,6 +612,7 @@ def bench_data(tasks: tuple[str, ...], seed: int, rounds: int) -> None:
     ),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
     click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    _data_dir,
 )  # fmt: skip
 @_says_errors
 def data(
@@ -638,6 +660,7 @@ def list_(kind: str, at: tuple[str, ...]) -> None:
         "--width", type=click.IntRange(1), default=32, show_default=True,
         help="Width of the model that a mixer is built for.",
     ),
+    _data_dir,
 )  # fmt: skip
 @_says_errors
 def check(name: str, assignments: tuple[str, ...], width: int) -> None:
@@ -662,10 +685,11 @@ def check(name: str, assignments: tuple[str, ...], width: int) -> None:
     click.option("--examples", type=click.IntRange(1, 100), default=2, show_default=True),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
     click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    _data_dir,
 )  # fmt: skip
 @_says_errors
 def show(task: str, examples: int, seed: int, assignments: tuple[str, ...]) -> None:
-    """Print examples of TASK: keys, values, what is scored, and what the solver answers.
+    """Print examples of TASK: keys, values, what is scored, and what its solver answers, if any.
 
     \b
     mad-efla show tasks/recall.yaml --set task.seq_len=32

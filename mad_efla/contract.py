@@ -15,7 +15,7 @@ from mad_efla import config, data, plugins
 from mad_efla.config import ConfigError, Document
 from mad_efla.mixers import Mixer, MixerConfig, State
 from mad_efla.run import DataConfig
-from mad_efla.tasks import IGNORE, Examples, Task, token_type
+from mad_efla.tasks import IGNORE, Examples, RealTask, Task, token_type
 
 B, L = 3, 21  # a batch and a length that are no multiple of any block
 SIZES = DataConfig(train_examples=600, validation_examples=100, test_examples=100)
@@ -84,7 +84,8 @@ def check(name: str, assignments: Iterable[str] = (), width: int = 32) -> tuple[
     document = Document(fields, {}, name)
     if issubclass(kind, Task):
         task = config.validate(kind, document, "task")
-        return "task", [_try(promise, task) for promise in TASK_PROMISES]
+        promises = REAL_TASK_PROMISES if isinstance(task, RealTask) else TASK_PROMISES
+        return "task", [_try(promise, task) for promise in promises]
     mixer = MixerUnderTest(kind, config.validate(kind.Config, document, "mixer"), width)
     try:
         mixer.build()
@@ -292,14 +293,15 @@ def _check_next_tokens(found: Examples, scored: np.ndarray) -> None:
 
 def seeds_decide_bytes(task: Task) -> None:
     """Equal seeds give equal bytes, and other seeds others."""
-    first, again, other = (data.make(task, seed, SIZES).digest for seed in (0, 0, 1))
+    sizes = _sizes(task)
+    first, again, other = (data.make(task, seed, sizes).digest for seed in (0, 0, 1))
     _must(first == again, "one seed gave different data twice; draw from `rng` alone")
     _must(first != other, "two seeds gave the same data")
 
 
 def splits_are_disjoint(task: Task) -> None:
     """No sequence stands in two splits."""
-    made = data.make(task, 0, SIZES)
+    made = data.make(task, 0, _sizes(task))
     rows = [{r.tobytes() for r in getattr(made, s).inputs} for s in data.SPLITS]
     for i, j in ((0, 1), (0, 2), (1, 2)):
         shared = len(rows[i] & rows[j])
@@ -308,9 +310,57 @@ def splits_are_disjoint(task: Task) -> None:
 
 def every_token_has_a_role(task: Task) -> None:
     """`describe` names a role for every token."""
-    inputs = data.make(task, 0, SIZES).test.inputs[0]
+    inputs = data.make(task, 0, _sizes(task)).test.inputs[0]
     named = len(task.describe(inputs))
     _must(named == len(inputs), f"{named} roles for {len(inputs)} tokens")
+
+
+def _sizes(task: Task) -> DataConfig:
+    """Return sizes of splits to check a task with: of a real one all that it has."""
+    if not isinstance(task, RealTask):
+        return SIZES
+    train, test = (len(part.inputs) for part in task.corpus())
+    return DataConfig(
+        train_examples=train - train // 4, validation_examples=train // 4, test_examples=test
+    )
+
+
+def real_examples_are_as_stated(task: RealTask) -> None:
+    """Inputs are finite float32 of the stated length, targets ids in the smallest type."""
+    for label, part in task.corpus()._asdict().items():
+        shape, wanted = part.inputs.shape, (len(part.inputs), task.input_length)
+        _must(shape == part.targets.shape == wanted, f"{label}: inputs are {shape}, not {wanted}")
+        _must(part.inputs.dtype == np.float32, f"{label}: inputs are {part.inputs.dtype}")
+        _must(np.isfinite(part.inputs).all(), f"{label}: an input is not finite")
+        scored = part.targets != IGNORE
+        _must(bool(scored.any(axis=1).all()), f"{label}: a sequence has no scored position")
+        ids = part.targets[scored]
+        _must(
+            ids.min() >= 0 and ids.max() < task.vocabulary,
+            f"{label}: classes {ids.min()} to {ids.max()}, there are {task.vocabulary}",
+        )
+        smallest = np.dtype(token_type(task.vocabulary))
+        _must(part.targets.dtype == smallest, f"{label}: targets are {part.targets.dtype}")
+
+
+def the_test_split_is_the_same_for_every_seed(task: RealTask) -> None:
+    """The test split does not depend on the seed, and all of the corpus can be used."""
+    sizes = _sizes(task)
+    one, other = (data.make(task, seed, sizes).test for seed in (0, 1))
+    _must(np.array_equal(one.inputs, other.inputs), "two seeds have two test splits")
+    _must(np.array_equal(one.targets, other.targets), "two seeds have two sets of answers")
+
+
+def probes_are_exact(task: Task) -> None:
+    """Probes keep shapes, types and answers, and are the same bytes for equal seeds."""
+    test = data.make(task, 0, _sizes(task)).test.rows(slice(20))
+    again = data.probes(task, test, 0)
+    for name, severity, found in data.probes(task, test, 0):
+        same = found.inputs.shape == test.inputs.shape and found.inputs.dtype == test.inputs.dtype
+        _must(same, f"{name} {severity:g}: {found.inputs.dtype} of {found.inputs.shape}")
+        _must(np.array_equal(found.targets, test.targets), f"{name} {severity:g}: other answers")
+        twice = next(again).examples.inputs
+        _must(np.array_equal(twice, found.inputs), f"{name} {severity:g}: one seed, two probes")
 
 
 TASK_PROMISES: tuple[Callable[[Task], None], ...] = (
@@ -321,3 +371,13 @@ TASK_PROMISES: tuple[Callable[[Task], None], ...] = (
     splits_are_disjoint,
     every_token_has_a_role,
 )
+
+REAL_TASK_PROMISES: tuple[Callable[[Any], None], ...] = (
+    real_examples_are_as_stated,
+    seeds_decide_bytes,
+    the_test_split_is_the_same_for_every_seed,
+    splits_are_disjoint,
+    every_token_has_a_role,
+    probes_are_exact,
+)
+"""What a task with examples of its own promises, which has no generator and no solver."""

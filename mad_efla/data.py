@@ -3,6 +3,9 @@
 Examples come in blocks, each from its own counter-based stream keyed by (seed, split, block). So a
 training set of 800 is the beginning of the one of 12,800, the test set is the same whatever is
 trained on, and memory and result do not depend on who generates what.
+
+A real task's examples are there already. Its test split is the beginning of the test part of its
+corpus, the same for every seed; the seed draws validation and training split from the other part.
 """
 
 import contextlib
@@ -18,7 +21,7 @@ import numpy as np
 
 from mad_efla.config import ConfigError, canonical_json
 from mad_efla.run import DataConfig
-from mad_efla.tasks import IGNORE, Examples, Split, Task
+from mad_efla.tasks import IGNORE, Examples, Probe, RealTask, Split, Task
 
 BLOCK = 512
 SPLITS: tuple[Split, ...] = ("test", "validation", "train")  # a later split gives way to an earlier
@@ -52,9 +55,13 @@ def make(task: Task, seed: int, sizes: DataConfig | None = None) -> Data:
         sizes: Examples of each split; the published numbers by default.
 
     Raises:
-        ConfigError: The task has too few distinct sequences to keep the splits apart.
+        ConfigError: The task has too few distinct sequences to keep the splits apart, or a real
+            one fewer examples than asked for.
     """
     sizes = sizes or DataConfig()
+    if isinstance(task, RealTask):
+        splits = _drawn(task, seed, sizes)
+        return Data(**splits, digest=_digest(splits), world=None)
     world = task.world(stream(seed, "world"))
     taken: set[bytes] = set()
     splits: dict[str, Examples] = {}
@@ -74,6 +81,32 @@ def digest(splits: dict[str, Examples]) -> str:
                 sha.update(f"{split}{column.dtype}{column.shape}".encode())
                 sha.update(np.ascontiguousarray(column).data)
     return sha.hexdigest()[:16]
+
+
+def check(task: Task, sizes: DataConfig) -> None:
+    """Find out whether a real task's examples are there, and as many as asked for.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if not isinstance(task, RealTask):
+        return
+    corpus = task.corpus()
+    learned = sizes.train_examples + sizes.validation_examples
+    for field, asked, part in (
+        ("train_examples + data.validation_examples", learned, corpus.train),
+        ("test_examples", sizes.test_examples, corpus.test),
+    ):
+        if asked > len(part.inputs):
+            raise ConfigError(
+                f"task {task.name}: data.{field}={asked} must be at most {len(part.inputs)}, the "
+                "examples there are; ask for fewer"
+            )
+
+
+def probes(task: Task, test: Examples, seed: int) -> Iterator[Probe]:
+    """Yield what a task tests beside its test split; equal seeds, equal bytes."""
+    yield from task.probes(test, lambda name: stream(seed, "probe", name))
 
 
 def ceiling(task: Task, data: Data) -> float:
@@ -143,6 +176,19 @@ def stream(seed: int, *key: str | int) -> np.random.Generator:
     """Return the random stream of (seed, key): independent of every other key's."""
     spawn = tuple(zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=spawn)))
+
+
+def _drawn(task: RealTask, seed: int, sizes: DataConfig) -> dict[str, Examples]:
+    """Take the splits of a real task from its corpus, disjoint by index."""
+    check(task, sizes)
+    corpus = task.corpus()
+    order = stream(seed, "splits").permutation(len(corpus.train.inputs))
+    held = sizes.validation_examples
+    return {
+        "test": corpus.test.rows(slice(sizes.test_examples)),
+        "validation": corpus.train.rows(order[:held]),
+        "train": corpus.train.rows(order[held : held + sizes.train_examples]),
+    }
 
 
 def _draw(task: Task, seed: int, split: Split, n: int, world: Any, taken: set[bytes]) -> Examples:

@@ -369,15 +369,16 @@ def findings(title: str, found: list[Finding]) -> Table:
 
 
 def example(
-    inputs: list[int], roles: list[str], targets: list[int], answers: list[int], columns: int
-) -> list[Text]:
+    inputs: list[int] | list[float], roles: list[str], targets: list[int],
+    answers: list[int] | None, columns: int,
+) -> list[Text]:  # fmt: skip
     """Draw one sequence in blocks of lines: tokens by role, what is scored, what the solver says.
 
     Args:
-        inputs: Token ids.
+        inputs: Token ids, or rounded numbers.
         roles: A word for each.
         targets: The answer at scored positions, negative elsewhere.
-        answers: The solver's.
+        answers: The solver's; None where there is no solver.
         columns: Width to fill.
     """
     width = max(len(str(t)) for t in (*inputs, *targets))
@@ -387,12 +388,15 @@ def example(
         block = slice(start, start + per_line)
         tokens = [(f"{t:>{width}} ", _ROLES.get(r, "")) for t, r in
                   zip(inputs[block], roles[block], strict=True)]  # fmt: skip
-        pairs = list(zip(targets[block], answers[block], strict=True))
-        wanted = [_cell(t, t >= 0, width, "bold yellow") for t, _ in pairs]
-        solved = [_cell(a, t >= 0, width, "bold green" if a == t else "bold red") for t, a in pairs]
+        wanted = [_cell(t, t >= 0, width, "bold yellow") for t in targets[block]]
         lines.append(Text.assemble(("tokens  ", "dim"), *tokens))
         lines.append(Text.assemble(("scored  ", "dim"), *wanted))
-        lines.append(Text.assemble(("solver  ", "dim"), *solved))
+        if answers is not None:
+            solved = [
+                _cell(a, t >= 0, width, "bold green" if a == t else "bold red")
+                for t, a in zip(targets[block], answers[block], strict=True)
+            ]
+            lines.append(Text.assemble(("solver  ", "dim"), *solved))
         lines.append(Text(""))
     return lines
 

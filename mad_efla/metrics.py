@@ -18,16 +18,25 @@ class Tally:
 
     def __init__(self, vocabulary: int, device: torch.device):
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.finite = torch.zeros((), dtype=torch.int64, device=device)  # answers
         # Rows: right answers, answers wanted, answers given, per class.
         self.counts = torch.zeros(3, vocabulary, dtype=torch.int64, device=device)
 
     def add(self, logits: Float[Tensor, "n V"], targets: Int[Tensor, "n"]) -> None:
-        """Count one batch of scored positions."""
+        """Count one batch of scored positions; an answer that is not finite is wrong."""
         self.loss += F.cross_entropy(logits.float(), targets, reduction="sum").double()
+        finite = logits.isfinite().all(dim=-1)
+        self.finite += finite.sum()
         given = logits.argmax(dim=-1)
+        right = targets[(given == targets) & finite]
         V = self.counts.shape[1]
-        for row, tokens in enumerate((targets[given == targets], targets, given)):
+        for row, tokens in enumerate((right, targets, given)):
             self.counts[row] += torch.bincount(tokens, minlength=V)
+
+    def accuracy(self) -> tuple[float, float]:
+        """Return token accuracy, and the share of answers that are finite."""
+        n = max(int(self.counts[1].sum()), 1)
+        return int(self.counts[0].sum()) / n, int(self.finite) / n
 
     def scores(self) -> Scores:
         """Return loss per scored token, token accuracy and macro accuracy.

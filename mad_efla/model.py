@@ -3,18 +3,22 @@
     stack:          x = embed(tokens);  x = x + mixer(norm(x));  x = x + channel(norm(x));  ...
     language model: logits = head(norm(x))
     autoencoder:    logits_t = head(norm(decoder(x_L + position_t))), from the last vector alone
+    classifier:     a language model with embed(values) = values w + positions
+    bare:           x = gelu(embed(values));  x = mixer(x);  ...;  logits = head(LayerNorm(x))
 
 Source: Poli et al. 2024, arXiv 2403.17844, appendix B: no positions in the stack, no dropout,
 RMSNorm, embedding N(0, 0.02), untied head with a bias that starts at zero. Departure: only what
 belongs to the backbone is initialised here; a mixer keeps its own initialisation (the reference
 code's autoencoder draws all weights anew, and zeroes the biases that mixers start from).
+The bare classifier: Lei, Zhang, Poria, arXiv 2512.12602, their experiment on sequential MNIST. It
+has no residual and no norm before a mixer, so the size of its input reaches the keys.
 """
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from mad_efla import plugins
@@ -57,19 +61,43 @@ class MLP(nn.Module):
 CHANNELS = {"swiglu": SwiGLU, "mlp": MLP}
 
 
+class TokenEmbedding(nn.Embedding):
+    """A vector per token id, of any integer type."""
+
+    def __init__(self, vocabulary: int, width: int):
+        super().__init__(vocabulary, width)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Look vectors up."""
+        return super().forward(tokens.long())
+
+
+class ValueEmbedding(nn.Module):
+    """A real number times one vector, plus a learned vector for its position."""
+
+    def __init__(self, length: int, width: int):
+        super().__init__()
+        self.value = nn.Linear(1, width, bias=False)
+        self.position = nn.Parameter(torch.empty(length, width).normal_(std=0.02))
+
+    def forward(self, values: Float[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Embed values; positions count from the first."""
+        return self.value(values[..., None]) + self.position[: values.shape[1]]
+
+
 class Stack(nn.Module):
     """Embedding and residual layers: a mixer and a channel mixer, again and again.
 
     Args:
-        vocabulary: Number of token ids V.
+        embed: Turns inputs into vectors.
         mixers: One mixer per pair of layers.
         config: Width, channel mixer and norm.
     """
 
-    def __init__(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig):
+    def __init__(self, embed: nn.Module, mixers: list[Mixer], config: ModelConfig):
         super().__init__()
-        self.embed = nn.Embedding(vocabulary, config.width)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        self.embed = embed
         layers: list[nn.Module] = []
         for mixer in mixers:
             layers.append(mixer)
@@ -78,29 +106,55 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList(RMSNorm(config.width, eps=config.norm_eps) for _ in layers)
 
-    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+    def forward(self, inputs: Num[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Return the residual stream after the last layer."""
-        x = self.embed(tokens)
+        x = self.embed(inputs)
         for norm, layer in zip(self.norms, self.layers, strict=True):
             x = x + layer(norm(x))
         return x
 
 
+class BareStack(nn.Module):
+    """Embedding, GELU, and mixers one after the other, with nothing around them."""
+
+    def __init__(self, embed: nn.Module, mixers: list[Mixer]):
+        super().__init__()
+        self.embed = embed
+        self.layers = nn.ModuleList(mixers)
+
+    def forward(self, inputs: Num[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Return what the last mixer gives."""
+        x = F.gelu(self.embed(inputs))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 class Backbone(nn.Module):
-    """What both backbones are: a stack, and logits at every position or at the scored ones.
+    """What all backbones are: a stack, and logits at every position or at the scored ones.
 
     Args:
-        vocabulary: Number of token ids V.
+        vocabulary: Number of token ids, or of classes, V.
         mixers: One mixer per pair of layers.
         config: Width, channel mixer and norm.
+        length: Positions of an input, L; only a model with learned positions needs it.
     """
 
-    def __init__(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig):
+    def __init__(
+        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None = None
+    ):
         super().__init__()
-        self.stack = Stack(vocabulary, mixers, config)
+        self.stack = self.body(vocabulary, mixers, config, length)
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, vocabulary)
         nn.init.zeros_(self.head.bias)
+
+    def body(
+        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None
+    ) -> Stack | BareStack:
+        """Build what turns inputs into vectors."""
+        del length
+        return Stack(TokenEmbedding(vocabulary, config.width), mixers, config)
 
     @property
     def mixers(self) -> list[Mixer]:
@@ -108,10 +162,10 @@ class Backbone(nn.Module):
         return [layer for layer in self.stack.layers if isinstance(layer, Mixer)]
 
     def forward(
-        self, tokens: Int[Tensor, "B L"], scored: Bool[Tensor, "B L"] | None = None
+        self, inputs: Num[Tensor, "B L"], scored: Bool[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "... V"]:
         """Return logits at every position, or as `[n, V]` at the scored ones only."""
-        x = self.positions(self.stack(tokens))
+        x = self.positions(self.stack(inputs))
         if scored is not None:
             x = x[scored]
         return self.head(self.norm(self.decode(x)))
@@ -136,8 +190,10 @@ class AutoEncoder(Backbone):
     about the sequence went through one vector of width D.
     """
 
-    def __init__(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig):
-        super().__init__(vocabulary, mixers, config)
+    def __init__(
+        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None = None
+    ):
+        super().__init__(vocabulary, mixers, config, length)
         D, eps = config.width, config.norm_eps
         self.decoder = nn.Sequential(
             RMSNorm(D, eps=eps), nn.Linear(D, D), nn.GELU(),
@@ -158,9 +214,47 @@ class AutoEncoder(Backbone):
         return self.decoder(x)
 
 
+class Classifier(Backbone):
+    """Inputs are real numbers at learned positions; the task reads the last one."""
+
+    def body(
+        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None
+    ) -> Stack | BareStack:
+        """Build a stack on values."""
+        assert length is not None
+        return Stack(ValueEmbedding(length, config.width), mixers, config)
+
+
+class BareClassifier(Backbone):
+    """The body of the EFLA authors' experiment on sequential MNIST."""
+
+    def __init__(
+        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None = None
+    ):
+        super().__init__(vocabulary, mixers, config, length)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def body(
+        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None
+    ) -> Stack | BareStack:
+        """Build a stack without residual and norm."""
+        assert length is not None
+        if config.channel != "none":
+            raise ValueError(
+                f"model.channel={config.channel} has no place in the bare classifier; set it to "
+                "none, or task.body to stack"
+            )
+        return BareStack(ValueEmbedding(length, config.width), mixers)
+
+
 _SMALL = 10_000_000  # numbers, at about a nanosecond each
 
-BACKBONES: dict[str, type[Backbone]] = {"language_model": LanguageModel, "autoencoder": AutoEncoder}
+BACKBONES: dict[str, type[Backbone]] = {
+    "language_model": LanguageModel,
+    "autoencoder": AutoEncoder,
+    "classifier": Classifier,
+    "bare_classifier": BareClassifier,
+}
 
 
 def _sines(L: int, D: int, device: torch.device) -> Float[Tensor, "L D"]:
@@ -175,7 +269,7 @@ def build(run: RunConfig) -> Backbone:
     """Build the model that a run's task asks for, initialised from the run's seed alone.
 
     Raises:
-        ConfigError: The mixers do not fit the width.
+        ConfigError: The mixers do not fit the width, or the model's fields the backbone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -183,7 +277,11 @@ def build(run: RunConfig) -> Backbone:
             mixers = [plugins.mixer(m.name)(run.model.width, m) for m in run.mixers]
         except ValueError as error:
             raise ConfigError(f"mixer {run.mixer}: {error}") from error
-        return BACKBONES[run.task.backbone](run.task.vocabulary, mixers, run.model)
+        found, length = BACKBONES[run.task.backbone], run.task.input_length
+        try:
+            return found(run.task.vocabulary, mixers, run.model, length)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def check(run: RunConfig) -> Backbone:

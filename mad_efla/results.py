@@ -19,6 +19,7 @@ from mad_efla.run import RunConfig
 from mad_efla.scores import Interval, Line
 from mad_efla.store import Result, RunFolder, SweepRecord, finished, read_sweeps
 
+_PLACES = ("--out", "--tracking-uri", "--data-dir")  # options that name places of a machine
 _HEAD = """# Results
 
 Written by `mad-efla results`, from run files; edit nothing here. Accuracies are per token, in
@@ -111,9 +112,9 @@ def public_command(command: str) -> str:
     words = iter(shlex.split(command))
     kept = []
     for word in words:
-        if word in ("--out", "--tracking-uri"):
+        if word in _PLACES:
             next(words, None)
-        elif not word.startswith(("--out=", "--tracking-uri=")) and word != "--no-tracking":
+        elif not word.startswith(tuple(f"{p}=" for p in _PLACES)) and word != "--no-tracking":
             kept.append(word)
     return shlex.join(kept)
 

@@ -25,12 +25,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from mad_efla.dynamics import AttentionTrace, Dynamics
 from mad_efla.mixers import Mixer
-from mad_efla.model import Backbone
+from mad_efla.model import Backbone, TokenEmbedding
 
 SATURATED = 4.0
 """x beyond which a step forgets all but 2 % of what lies under its key."""
@@ -538,7 +538,7 @@ def finite(scalars: dict[str, float]) -> dict[str, float]:
 @torch.no_grad()
 def diagnose(
     model: Backbone,
-    tokens: Int[Tensor, "B L"],
+    tokens: Num[Tensor, "B L"],
     *,
     position: int | None = None,
     noise: float = 0.01,
@@ -550,25 +550,26 @@ def diagnose(
     outputs are kept, thrice.
 
     Args:
-        model: A language model or an autoencoder, in evaluation mode.
+        model: In evaluation mode.
         tokens: Input; a few sequences are enough.
-        position: The token replaced by another of the vocabulary; None takes the middle one.
+        position: The token replaced by another of the vocabulary; None takes the middle one. A
+            real number is moved by the standard deviation of all inputs instead.
         noise: Size of the noise on the embeddings, as a share of theirs.
         generator: Draws noise and replacement, on the CPU; None takes a fixed seed.
 
     Raises:
         ValueError: If `position` is outside the sequence or the vocabulary has one token.
     """
-    L, V = tokens.shape[1], model.stack.embed.num_embeddings
+    L = tokens.shape[1]
     position = L // 2 if position is None else position
     if not 0 <= position < L:
         raise ValueError(f"position={position} must lie in [0, {L}), the sequence's length")
-    if V < 2:
-        raise ValueError("a vocabulary of one token has no other to put in its place")
     generator = generator or torch.Generator().manual_seed(0)
     other = tokens.clone()
-    shift = torch.randint(1, V, (len(tokens),), generator=generator).to(tokens)
-    other[:, position] = (tokens[:, position] + shift) % V
+    if tokens.is_floating_point():
+        other[:, position] += tokens.std()
+    else:
+        other[:, position] = _others(model, tokens[:, position], generator)
     clean = _record(model, tokens)
     change = torch.randn(clean[0].x.shape, generator=generator).to(clean[0].x)
     change = change * (noise * clean[0].x.norm() / change.norm())
@@ -577,6 +578,17 @@ def diagnose(
     inputs = [passed.x for passed in clean]
     layers = map(_diagnose_layer, model.mixers, inputs[1:], gains[1:])
     return Diagnosis(layers=list(layers), gain=gains[0])
+
+
+def _others(model: Backbone, tokens: Int[Tensor, "B"], generator: torch.Generator) -> Tensor:
+    """Draw another token of the vocabulary for each."""
+    embed = model.stack.embed
+    assert isinstance(embed, TokenEmbedding)
+    V = embed.num_embeddings
+    if V < 2:
+        raise ValueError("a vocabulary of one token has no other to put in its place")
+    shift = torch.randint(1, V, tokens.shape, generator=generator).to(tokens.device)
+    return (tokens.long() + shift) % V
 
 
 class _Passed(NamedTuple):

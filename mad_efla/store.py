@@ -46,6 +46,22 @@ class Scores(Section):
     macro_accuracy: float
 
 
+class ProbeScore(Section):
+    """What became of one further test set, see `tasks.Probe`.
+
+    Attributes:
+        name: What was done to the test split.
+        severity: How much of it.
+        accuracy: Token accuracy, in [0, 1]; an answer that is not finite is wrong.
+        finite: Share of scored positions with finite logits, in [0, 1].
+    """
+
+    name: str
+    severity: float
+    accuracy: float
+    finite: float
+
+
 class Result(Section):
     """How a run ended.
 
@@ -63,6 +79,7 @@ class Result(Section):
         seconds: Wall time spent training and evaluating, all attempts.
         train_seconds: The part of it inside training steps.
         data_digest: Hash of the generated data.
+        probes: How the chosen weights do on what the task tests beside its test split.
         environment: Backends, device, threads, library versions, git commit.
         started: Milliseconds since the epoch.
         ended: Milliseconds since the epoch.
@@ -82,6 +99,7 @@ class Result(Section):
     seconds: float
     train_seconds: float
     data_digest: str
+    probes: tuple[ProbeScore, ...] = ()
     environment: dict[str, str]
     started: int
     ended: int

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from mad_efla import config, grid, model
+from mad_efla import config, data, grid, model
 from mad_efla.config import ConfigError, Document, validate
 from mad_efla.run import DataConfig, Limits, Protocol, RunConfig, build, build_task
 from mad_efla.tasks import Task
@@ -123,6 +123,7 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
         base = config.merge(base, config.from_paths(parsed.per_task[name], place))
     points = [grid.points(parsed, plan_document, mixer, settled) for mixer in names]
     runs: dict[str, RunConfig] = {}
+    checked: set[str] = set()
     for label, setting in _settings(parsed, plan_document, task_document, str(name)):
         for (index, entry), found in zip(enumerate(parsed.mixers), points, strict=True):
             for point, seed in itertools.product(found, enumerate(parsed.seeds)):
@@ -130,6 +131,9 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
                 cell = config.merge(base, setting, *parts, *run_sets)
                 run = build(_resolve(cell, label, protocol, precision))
                 runs.setdefault(run.fingerprint, run)
+                if (asked := f"{run.task} {run.data}") not in checked:
+                    data.check(run.task, run.data)
+                    checked.add(asked)
     sizes = _check_models(runs.values(), plan_document)
     matches = _matches(parsed.match, list(runs.values()), sizes)
     every = list(runs.values())
@@ -320,7 +324,8 @@ def _check_models(runs: Iterable[RunConfig], plan: Document) -> dict[str, tuple[
     for count, run in enumerate(runs):
         if count >= MAX_RUNS:
             raise ConfigError(f"{plan.name}: more than {MAX_RUNS} runs; split the plan")
-        key = f"{run.model} {run.mixers} {run.task.vocabulary} {run.task.input_length}"
+        task = run.task
+        key = f"{run.model} {run.mixers} {task.backbone} {task.vocabulary} {task.input_length}"
         if key not in built:
             try:
                 network = model.check(run)

@@ -18,7 +18,7 @@ from torch import Tensor
 from mad_efla import data, model, shared, spectrum
 from mad_efla.metrics import Tally
 from mad_efla.run import OptimConfig, RunConfig
-from mad_efla.store import Result, Row, RunFolder, Scores, now
+from mad_efla.store import ProbeScore, Result, Row, RunFolder, Scores, now
 from mad_efla.tasks import IGNORE
 from mad_kernels import record_backends
 
@@ -68,8 +68,9 @@ def train(
     try:
         stopped = loop.steps(stop)
         test, validation = loop.score()
+        probes = loop.probe()
     except Diverged as error:
-        status, stopped, test, validation = "diverged", str(error), None, None
+        status, stopped, test, validation, probes = "diverged", str(error), None, None, ()
     result = Result(
         fingerprint=run.fingerprint,
         status=status,
@@ -85,6 +86,7 @@ def train(
         seconds=round(loop.seconds, 3),
         train_seconds=round(loop.train_seconds, 3),
         data_digest=loop.data.digest,
+        probes=probes,
         environment=(environment or {}) | {"backends": " ".join(sorted(loop.backends))},
         started=loop.started,
         ended=now(),
@@ -172,10 +174,17 @@ class Loop:
         else:
             self.chosen_step = self.step
         test, validation = self._scores("test"), self._scores("validation")
-        if not math.isfinite(test.loss + validation.loss):
-            raise Diverged(self.step)
         self.folder.save_model({k: v.cpu() for k, v in self.model.state_dict().items()})
         return test, validation
+
+    def probe(self) -> tuple[ProbeScore, ...]:
+        """Score the weights on what the task tests beside its test split."""
+        found = []
+        for name, severity, examples in data.probes(self.run.task, self.data.test, self.run.seed):
+            tally = self._tally(*(t.to(self.device) for t in _tensors(examples, "")))
+            accuracy, finite = tally.accuracy()
+            found.append(ProbeScore(name=name, severity=severity, accuracy=accuracy, finite=finite))
+        return tuple(found)
 
     def train_step(self) -> None:
         """Make one optimiser step."""
@@ -186,7 +195,7 @@ class Loop:
         scored = targets != IGNORE
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast(), record_backends() as ran:
-            logits = self.model(inputs.long(), scored)
+            logits = self.model(inputs, scored)
         loss = F.cross_entropy(logits.float(), targets[scored].long())
         loss.backward()
         if self.run.optim.grad_clip is not None:
@@ -266,7 +275,7 @@ class Loop:
         inputs = self.splits["validation"][0][:_GLANCED]
         try:
             with self._autocast():
-                found = spectrum.glance(self.model, inputs.long())
+                found = spectrum.glance(self.model, inputs)
         except Exception as error:
             self.glancing = False
             warnings.warn(f"no spectrum from step {self.step} on: {error!r}", stacklevel=1)
@@ -274,17 +283,22 @@ class Loop:
         if found:
             self._log(found)
 
-    @torch.no_grad()
     def _scores(self, split: str) -> Scores:
-        inputs, targets = self.splits[split]
+        tally = self._tally(*self.splits[split])
+        if not math.isfinite(tally.loss.item()):
+            raise Diverged(self.step)
+        return tally.scores()
+
+    @torch.no_grad()
+    def _tally(self, inputs: Tensor, targets: Tensor) -> Tally:
         tally = Tally(self.run.task.vocabulary, self.device)
         for start in range(0, len(inputs), self.run.train.batch_size):
             rows = slice(start, start + self.run.train.batch_size)
             scored = targets[rows] != IGNORE
             with self._autocast():
-                logits = self.model(inputs[rows].long(), scored)
+                logits = self.model(inputs[rows], scored)
             tally.add(logits, targets[rows][scored].long())
-        return tally.scores()
+        return tally
 
     def _autocast(self) -> torch.autocast:
         half = self.run.train.precision == "bfloat16"

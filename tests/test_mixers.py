@@ -21,6 +21,7 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("gated_efla", {"conv": 0, "beta": "softplus"}),
     ("mamba2", {"conv": 0, "output_norm": False}),
     ("mamba2", {"expand": 2, "state_dim": 4}),
+    ("plain_delta", {"heads": 4, "keys": "l2", "decay": "separate"}),
     ("attention", {"conv": 4, "output_norm": True}),
     ("attention", {"rotary": False}),
     ("attention", {"window": 1}),
@@ -46,9 +47,10 @@ def test_every_mixer_keeps_every_promise(promise, name, fields):
 
 # Mixers whose state grows with the sequence, or that have none.
 NOT_FIXED = {"attention", "hyena", "identity"}
+ONE_HEAD = {"plain_delta", "plain_efla", "plain_deltanet"}  # as published
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_FIXED))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_FIXED - ONE_HEAD))
 def test_default_states_of_fixed_state_mixers_are_equal(name):
     fields = {"conv": 0} if "conv" in plugins.mixer(name).Config.model_fields else {}
     assert subject(name, fields, 128).build().state_size(128) == 2048
@@ -91,6 +93,7 @@ COSTS = {
     "rwkv7": (4 * D2 + 2 * 128 * (32 + 32 + 64), 128 * (2 + 6 + 3 + 2), 2048, 128, 9 * 2048),
 }
 COSTS |= dict.fromkeys(("delta", "deltanet", "longhorn"), COSTS["efla"])
+COSTS |= dict.fromkeys(ONE_HEAD, (3 * D2 + 128, 1, D2, 0, 6 * D2))
 COSTS["gated_efla"] = COSTS["gated_deltanet"]
 # Hyena's filter (17 x 64, twice 64 x 64, 64 x 128; sines and biases) is made once for a batch.
 FILTER = 17 * 64 + 2 * 64 * 64 + 64 * 128

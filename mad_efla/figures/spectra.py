@@ -79,9 +79,8 @@ def diagnose(folder: RunFolder, examples: int, seed: int) -> Diagnosis:
     test = data.make(run.task, run.seed, run.data.model_copy(update=sizes)).test
     built = model.build(run)
     built.load_state_dict(folder.load_model())
-    tokens = torch.as_tensor(test.inputs, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
-    return spectrum.diagnose(built.eval(), tokens, generator=generator)
+    return spectrum.diagnose(built.eval(), torch.as_tensor(test.inputs), generator=generator)
 
 
 def names(runs: list[RunConfig]) -> list[str]:

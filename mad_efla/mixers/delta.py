@@ -23,7 +23,7 @@ multiplied by Dk^-1/2, which the output norm would undo but for its eps: 1e-5 he
 them.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,26 @@ from mad_kernels import (
     l2_normalize,
     unit_key_form,
 )
+
+
+class Parts(NamedTuple):
+    """What a layer of the delta family takes from its input, token by token.
+
+    Attributes:
+        q: Queries of unit length.
+        key: Keys of unit length.
+        v: Values.
+        erase: Share of what lies under the key that is erased.
+        write: Factor on what is written there.
+        log_decay: Log of the decay of the old state; None where it does not decay.
+    """
+
+    q: Float[Tensor, "B L H Dk"]
+    key: Float[Tensor, "B L H Dk"]
+    v: Float[Tensor, "B L H Dv"]
+    erase: Float[Tensor, "B L H"]
+    write: Float[Tensor, "B L H"]
+    log_decay: Float[Tensor, "B L H"] | None
 
 
 class Delta(Mixer):
@@ -101,9 +121,17 @@ class Delta(Mixer):
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Mix along L with the parallel form."""
+        return self.mix(x, self.parts(x))
+
+    def parts(self, x: Float[Tensor, "B L D"]) -> Parts:
+        """Compute all that the recurrence is run on."""
         q, k, v = self._heads(self.conv(self.qkv(x)))
         key, erase, write, log_decay = self._strengths(x, k)
-        o, _ = delta_rule(l2_normalize(q), key, v, erase, write, log_decay)
+        return Parts(l2_normalize(q), key, v, erase, write, log_decay)
+
+    def mix(self, x: Float[Tensor, "B L D"], parts: Parts) -> Float[Tensor, "B L D"]:
+        """Run the recurrence on parts, which an experiment may have changed."""
+        o, _ = delta_rule(*parts)
         return self._output(x, o)
 
     def initial_state(self, batch: int, device: torch.device) -> State:

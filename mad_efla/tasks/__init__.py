@@ -2,13 +2,17 @@
 
 A task samples token sequences and says which positions are scored. It is defined by its solver: a
 symbolic program that sees only what stands before a position and answers every scored one.
+
+A `RealTask` has examples instead of a generator, and is defined by them: nobody can write down
+what makes an image a seven, so it has no solver, and the contract holds it to other promises.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Num
 
 from mad_efla.config import Section
 
@@ -22,15 +26,40 @@ class Examples(NamedTuple):
     """A batch of sequences, in the smallest integer type that holds them.
 
     Attributes:
-        inputs: Token ids.
+        inputs: Token ids; or real numbers in float32, one per position.
         targets: The answer at every scored position, `IGNORE` elsewhere.
         next_tokens: The plain next token at every position, for training on the whole sequence;
             None where the task is only ever trained on its answers.
     """
 
-    inputs: Int[np.ndarray, "n L"]
+    inputs: Num[np.ndarray, "n L"]
     targets: Int[np.ndarray, "n L"]
     next_tokens: Int[np.ndarray, "n L"] | None = None
+
+    def rows(self, index: Any) -> "Examples":
+        """Return some of the sequences, copied."""
+        return Examples(*(None if column is None else column[index].copy() for column in self))  # type: ignore[arg-type]
+
+
+class Probe(NamedTuple):
+    """A test set that a trained model is scored on beside the test split; see `Task.probes`.
+
+    Attributes:
+        name: What was done to the test split: `noise`.
+        severity: How much of it.
+        examples: What is scored.
+    """
+
+    name: str
+    severity: float
+    examples: Examples
+
+
+class Corpus(NamedTuple):
+    """All examples of a `RealTask`: those to learn from, and those that score, once and for all."""
+
+    train: Examples
+    test: Examples
 
 
 class Task(Section):
@@ -49,7 +78,7 @@ class Task(Section):
     @property
     @abstractmethod
     def vocabulary(self) -> int:
-        """Number of token ids, special ones included."""
+        """Number of token ids, special ones included; of classes where inputs are real numbers."""
 
     @property
     @abstractmethod
@@ -95,9 +124,46 @@ class Task(Section):
         del train, world
         return examples.targets != IGNORE
 
-    def describe(self, inputs: Int[np.ndarray, "L"]) -> list[str]:
+    def describe(self, inputs: Num[np.ndarray, "L"]) -> list[str]:
         """Name the role of each token (`key`, `value`, `noise`, ...), for display."""
         return ["token"] * len(inputs)
+
+    def probes(
+        self, test: Examples, stream: Callable[[str], np.random.Generator]
+    ) -> Iterator[Probe]:
+        """Yield further test sets, on which the chosen weights are scored when training is over.
+
+        None by default. They choose nothing.
+
+        Args:
+            test: The test split.
+            stream: Returns the random stream of a name, from its beginning at every call.
+        """
+        del test, stream
+        yield from ()
+
+
+class RealTask(Task):
+    """A task whose examples are there already, and no generator or solver."""
+
+    @abstractmethod
+    def corpus(self) -> Corpus:
+        """Return all examples, always in the same order; what is slow to read may be kept.
+
+        Raises:
+            ConfigError: They are not where they must be, or are not what they must be.
+        """
+
+    def sample(self, n: int, rng: np.random.Generator, split: Split, world: Any) -> Examples:
+        """Draw `n` different sequences from the part of the corpus that a split is taken from."""
+        del world
+        part = self.corpus().test if split == "test" else self.corpus().train
+        return part.rows(rng.choice(len(part.inputs), n, replace=False))
+
+    def solve(self, inputs: Num[np.ndarray, "L"], world: Any) -> Int[np.ndarray, "L"]:
+        """Answer nothing: there is no solver."""
+        del world
+        return np.full(len(inputs), IGNORE)
 
 
 def token_type(vocabulary: int) -> type[np.signedinteger]:
