@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install sweep test peer stress check gpu clean
+.PHONY: install sweep test images peer stress check gpu clean
 
 install: $(VENV)/.installed
 
@@ -17,6 +17,16 @@ sweep: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# The pictures of the tasks; a test holds them to these commands.
+images: install
+	$(BIN)/mad-efla show recall --set task.seq_len=24 --svg notebooks/images/tasks/recall.svg
+	$(BIN)/mad-efla show noisy_recall --set task.seq_len=24 --set task.noise_fraction=0.4 --svg notebooks/images/tasks/noisy_recall.svg
+	$(BIN)/mad-efla show fuzzy_recall --set task.seq_len=24 --set task.vocab_size=9 --set task.key_tokens=2 --set task.value_tokens=2 --svg notebooks/images/tasks/fuzzy_recall.svg
+	$(BIN)/mad-efla show selective_copying --set task.seq_len=24 --set task.tokens_to_copy=6 --svg notebooks/images/tasks/selective_copying.svg
+	$(BIN)/mad-efla show compression --set task.seq_len=16 --svg notebooks/images/tasks/compression.svg
+	$(BIN)/mad-efla show memorization --set task.vocab_size=32 --set task.seq_len=24 --svg notebooks/images/tasks/memorization.svg
+	$(BIN)/mad-efla show mqar --set task.vocab_size=64 --set task.seq_len=24 --svg notebooks/images/tasks/mqar.svg
 
 # Other projects' implementations beside ours, on a CPU: 25 MB of downloads.
 peer: $(VENV)/.peer
