@@ -60,3 +60,10 @@ def test_an_example_is_cut_into_blocks_that_fit():
         ["tokens", "3", "4"], ["scored", "12"], ["solver", "3"], [],
     ]  # fmt: skip
     assert all(len(line.plain) <= 18 for line in lines)
+
+
+def test_what_is_no_terminal_gets_plain_text_whatever_the_environment_asks_for(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display.stdout().print("[bold red]words[/]")
+    display.stderr().print("[bold red]words[/]")
+    assert capsys.readouterr() == ("words\n", "words\n")
