@@ -686,17 +686,31 @@ def check(name: str, assignments: tuple[str, ...], width: int) -> None:
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
     click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
     _data_dir,
+    click.option(
+        "--svg", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Draw them into FILE instead.",
+    ),
 )  # fmt: skip
 @_says_errors
-def show(task: str, examples: int, seed: int, assignments: tuple[str, ...]) -> None:
+def show(
+    task: str, examples: int, seed: int, assignments: tuple[str, ...], svg: Path | None
+) -> None:
     """Print examples of TASK: keys, values, what is scored, and what its solver answers, if any.
 
     \b
     mad-efla show tasks/recall.yaml --set task.seq_len=32
+    mad-efla show recall --set task.seq_len=24 --svg recall.svg
     """
     from mad_efla import catalogue, display
 
+    found = catalogue.examples(task, assignments, seed, examples)
+    if svg:
+        from mad_efla.figures import tasks
+
+        tasks.save(tasks.picture(Path(task).stem, found), svg)
+        click.echo(svg)
+        return
     console = display.stdout()
-    for block in catalogue.examples(task, assignments, seed, examples):
+    for block in found:
         for line in display.example(*block, columns=console.width):
             console.print(line, soft_wrap=True)

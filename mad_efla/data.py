@@ -61,7 +61,7 @@ def make(task: Task, seed: int, sizes: DataConfig | None = None) -> Data:
     sizes = sizes or DataConfig()
     if isinstance(task, RealTask):
         splits = _drawn(task, seed, sizes)
-        return Data(**splits, digest=_digest(splits), world=None)
+        return Data(**splits, digest=digest(splits), world=None)
     world = task.world(stream(seed, "world"))
     taken: set[bytes] = set()
     splits: dict[str, Examples] = {}

@@ -35,12 +35,17 @@ _ROLES |= dict.fromkeys(("noise", "blank", "pad", "filler"), "dim")
 
 def stdout() -> Console:
     """Return the console for results."""
-    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True)
+    return Console() if sys.stdout.isatty() else _plain()
 
 
 def stderr() -> Console:
     """Return the console for progress and warnings."""
-    return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=PLAIN_WIDTH)
+    return Console(stderr=True) if sys.stderr.isatty() else _plain(stderr=True)
+
+
+def _plain(*, stderr: bool = False) -> Console:
+    """Write text alone, also where FORCE_COLOR asks for more, as notebooks do of all they call."""
+    return Console(width=PLAIN_WIDTH, stderr=stderr, no_color=True, force_terminal=False)
 
 
 class Follow:

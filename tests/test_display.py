@@ -88,3 +88,10 @@ def test_more_runs_than_lines_leave_the_whole_in_sight(tmp_path, monkeypatch):
     assert "0/40 runs" in drawn
     assert "(32 of the running not shown)" in drawn
     assert drawn.count("recall baseline") <= 2 * 8
+
+
+def test_what_is_no_terminal_gets_plain_text_whatever_the_environment_asks_for(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display.stdout().print("[bold red]words[/]")
+    display.stderr().print("[bold red]words[/]")
+    assert capsys.readouterr() == ("words\n", "words\n")

@@ -42,13 +42,13 @@ def log(entry: Entry, experiment_id: str, run: RunConfig, folder: RunFolder) -> 
 
 
 def _save(built: torch.nn.Module, path: str, run: RunConfig) -> None:
-    import mlflow.pytorch
+    from mlflow.pytorch import save_model
 
     packages = ("mad-efla", "torch")
     needs = [f"{name}=={metadata.version(name).split('+')[0]}" for name in packages]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is a pickle: said above, and in the README
-        mlflow.pytorch.save_model(
+        save_model(
             built,
             path,
             pip_requirements=needs,
