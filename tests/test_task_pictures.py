@@ -30,7 +30,7 @@ def cells(svg):
 
 def test_every_task_has_a_picture():
     shown = {shlex.split(command)[1] for command in COMMANDS}
-    assert shown == set(plugins.names(mad_efla.tasks))
+    assert shown == set(plugins.names(mad_efla.tasks)) - {"smnist"}  # it has no data of its own
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -36,6 +36,7 @@ _LOOKS = {
     "key": Look("#0072b2", "#ffffff", "#0072b2"),
     "value": Look("#f0b73c", "#111111", "#f0b73c"),
     "token": Look("#8ecdf0", "#111111", "#8ecdf0"),
+    "pixel": Look("#8a8a8a", "", "#6b6b6b"),
     **dict.fromkeys(("copy", "insert", "compress"), _MARKER),
     **dict.fromkeys(("noise", *_FADED), _PALE),
 }
@@ -52,7 +53,7 @@ def picture(task: str, examples: Iterable[Block]) -> str:
     """
     examples = list(examples)
     shown = [x for inputs, _, targets, _ in examples for x in (*inputs, *targets) if x != IGNORE]
-    longest = max(len(str(x)) for x in shown)
+    longest = max(len(str(x)) for x in shown if isinstance(x, int))
     wide = max(_HEIGHT + 2, round(_LETTER * longest) + 12)
     parts: list[str] = []
     y = _MARGIN
@@ -110,7 +111,10 @@ def _line(
     else:
         parts += [_path(f"M{middle[i]:g} {y + _HEIGHT}V{below}") for i in scored]
     for x, token, role, target in zip(left, inputs, roles, targets, strict=True):
-        parts += _cell(x, y, wide, "" if role in _FADED else str(token), _look(role))
+        if role == "pixel":
+            parts += _cell(x, y, wide, "", _ink(token))
+        else:
+            parts += _cell(x, y, wide, "" if role in _FADED else str(token), _look(role))
         if target >= 0:
             parts += _cell(x, below, wide, str(target), _ANSWER)
     return parts
@@ -138,6 +142,12 @@ def _legend(roles: list[str], y: int, width: int) -> tuple[list[str], int]:
 
 def _look(role: str) -> Look:
     return _LOOKS.get(role, _OTHER)
+
+
+def _ink(value: float) -> Look:
+    """Show a real number of [0, 1] as a grey, 1 as black."""
+    grey = round(255 * (1 - min(max(value, 0.0), 1.0)))
+    return Look(f"#{grey:02x}{grey:02x}{grey:02x}", "", _OTHER.border)
 
 
 def _cell(x: int, y: int, wide: int, text: str, look: Look, height: int = _HEIGHT) -> list[str]:
