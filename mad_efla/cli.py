@@ -480,6 +480,31 @@ def bench_step(
     display.stdout().print(display.step_times(times))
 
 
+@bench.command("overhead")
+@click.argument("task")
+@_options(
+    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    click.option(
+        "--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: the cores]"
+    ),
+)  # fmt: skip
+@_says_errors
+def bench_overhead(task: str, plan: str, assignments: tuple[str, ...], workers: int | None) -> None:
+    """Sweep TASK under a plan on the CPU, mirrored to MLflow, and print where the time went.
+
+    Nothing of the sweep is kept.
+
+    \b
+    mad-efla bench overhead recall --set seeds=[0]
+    """
+    from mad_efla import bench, display, execute, sweep
+
+    found = sweep.expand(task, plan, assignments, execute.resolve_precision("cpu"))
+    split = bench.overhead(found, "cpu", workers or _workers("cpu"))
+    display.stdout().print(bench.split_table(split))
+
+
 @bench.command("data")
 @click.argument("tasks", nargs=-1)
 @_options(

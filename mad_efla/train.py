@@ -81,6 +81,7 @@ def train(
         state_size=model.state_size(loop.model, run.task.input_length),
         seconds=round(loop.seconds, 3),
         train_seconds=round(loop.train_seconds, 3),
+        spent={what: round(seconds, 4) for what, seconds in loop.spent.items()},
         data_digest=loop.data.digest,
         environment=(environment or {}) | {"backends": " ".join(sorted(loop.backends))},
         started=loop.started,
@@ -127,8 +128,10 @@ class Loop:
             for split in data.SPLITS
         }
         self.splits = {s: tuple(t.to(device) for t in ts) for s, ts in self.splits.items()}
+        self.spent = {"data": time.perf_counter() - self._begun}  # seconds beside training steps
         self.model = model.build(run).to(device)
         self.optimizer = _optimizer(self.model, run.optim)
+        self.spent["model"] = time.perf_counter() - self._begun - self.spent["data"]
         self.step = 0
         self.started = now()
         self.earlier_seconds = 0.0
@@ -170,7 +173,9 @@ class Loop:
         test, validation = self._scores("test"), self._scores("validation")
         if not math.isfinite(test.loss + validation.loss):
             raise Diverged(self.step)
+        start = time.perf_counter()
         self.folder.save_model({k: v.cpu() for k, v in self.model.state_dict().items()})
+        self._spend("checkpoint", start)
         return test, validation
 
     def train_step(self) -> None:
@@ -252,6 +257,7 @@ class Loop:
 
     @torch.no_grad()
     def _scores(self, split: str) -> Scores:
+        start_time = time.perf_counter()
         inputs, targets = self.splits[split]
         tally = Tally(self.run.task.vocabulary, self.device)
         for start in range(0, len(inputs), self.run.train.batch_size):
@@ -260,7 +266,9 @@ class Loop:
             with self._autocast():
                 logits = self.model(inputs[rows].long(), scored)
             tally.add(logits, targets[rows][scored].long())
-        return tally.scores()
+        scores = tally.scores()
+        self._spend("evaluation", start_time)
+        return scores
 
     def _autocast(self) -> torch.autocast:
         half = self.run.train.precision == "bfloat16"
@@ -270,7 +278,12 @@ class Loop:
 
     def _log(self, metrics: dict[str, float]) -> None:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        start = time.perf_counter()
         self.folder.append([Row(self.step, now(), finite)])
+        self._spend("logging", start)
+
+    def _spend(self, what: str, start: float) -> None:
+        self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - start
 
     @property
     def seconds(self) -> float:
@@ -278,6 +291,7 @@ class Loop:
         return self.earlier_seconds + time.perf_counter() - self._begun
 
     def _save(self) -> None:
+        start = time.perf_counter()
         self.folder.save_checkpoint(
             {
                 "model": self.model.state_dict(),
@@ -287,10 +301,12 @@ class Loop:
                 "chosen_key": list(self.chosen_key),
                 **{name: getattr(self, name) for name in _COUNTERS},
                 "earlier_seconds": self.seconds,
+                "spent": self.spent,
                 "losses": self.losses,
                 "backends": sorted(self.backends),
             }
         )
+        self._spend("checkpoint", start)
         self._saved = time.perf_counter()
 
     def _restore(self) -> None:
@@ -307,6 +323,8 @@ class Loop:
         self.earlier_seconds = state["earlier_seconds"]
         for name in _COUNTERS:
             setattr(self, name, state[name])
+        for what, seconds in state.get("spent", {}).items():
+            self.spent[what] = self.spent.get(what, 0.0) + seconds
 
 
 _COUNTERS = (
