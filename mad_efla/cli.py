@@ -4,6 +4,7 @@ Exit status: 0 everything is done, 1 some run failed, 2 wrong usage, 130 interru
 """
 
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -39,6 +40,10 @@ def _says_errors(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         except ConfigError as error:
             raise click.UsageError(str(error)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                raise
+            raise click.ClickException(f"{error}; once it can, the same command goes on") from None
 
     return wrapped
 
