@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install sweep test notebooks notebooks-test images peer cluster stress check gpu clean
+.PHONY: install sweep test notebooks notebooks-test images peer cluster stress busy thousand check gpu clean
 
 install: $(VENV)/.installed
 
@@ -71,6 +71,13 @@ $(VENV)/.cluster: $(VENV)/.installed
 # Fifty kills of a sweep's processes, and a count of what was lost, doubled or differs.
 stress: install
 	$(BIN)/python -m tests.stress
+
+# A hundred runs: are both cores busy until the last minute? Then a thousand tiny ones, on the clock.
+busy: install
+	$(BIN)/python -m tests.busy --runs 100
+
+thousand: install
+	$(BIN)/python -m tests.busy --runs 1000 --steps 20 --window 60
 
 check: install
 	$(BIN)/ruff format --check .

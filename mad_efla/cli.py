@@ -4,6 +4,7 @@ Exit status: 0 everything is done, 1 some run failed, 2 wrong usage, 130 interru
 """
 
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -41,6 +42,10 @@ def _says_errors(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         except ConfigError as error:
             raise click.UsageError(str(error)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                raise
+            raise click.ClickException(f"{error}; once it can, the same command goes on") from None
 
     return wrapped
 
@@ -570,6 +575,31 @@ def bench_step(
     shapes = {(r.setting, r.mixer): r for r in reversed(found.runs)}
     times = bench.steps(list(reversed(shapes.values())), device, rounds)
     display.stdout().print(display.step_times(times))
+
+
+@bench.command("overhead")
+@click.argument("task")
+@_options(
+    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    click.option(
+        "--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: the cores]"
+    ),
+)  # fmt: skip
+@_says_errors
+def bench_overhead(task: str, plan: str, assignments: tuple[str, ...], workers: int | None) -> None:
+    """Sweep TASK under a plan on the CPU, mirrored to MLflow, and print where the time went.
+
+    Nothing of the sweep is kept.
+
+    \b
+    mad-efla bench overhead recall --set seeds=[0]
+    """
+    from mad_efla import bench, display, execute, sweep
+
+    found = sweep.expand(task, plan, assignments, execute.resolve_precision("cpu"))
+    split = bench.overhead(found, "cpu", workers or _workers("cpu"))
+    display.stdout().print(bench.split_table(split))
 
 
 @bench.command("data")

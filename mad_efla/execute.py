@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -176,7 +176,7 @@ class _Worker:
 
     Attributes:
         process: It.
-        pipe: Fingerprints go out; `began` and `ended` come back, or why the disk takes nothing.
+        pipe: Fingerprints go out; `began` and `ended` come back, or what a full disk says.
         run: What it makes; None while it is idle.
         meter: How long and how large its run has grown, from when it began.
         doomed: Why it was killed by us.
@@ -203,7 +203,7 @@ class _Worker:
         with contextlib.suppress(OSError):
             self.pipe.send(run.fingerprint)
 
-    def heard(self) -> list[str]:
+    def heard(self) -> list[Any]:
         """Return what it has said."""
         said = []
         with contextlib.suppress(EOFError, OSError):
@@ -262,7 +262,7 @@ class _Pool:
             elif word == "ended":
                 worker.run, worker.meter, ended = None, None, True
             else:
-                raise OSError(word)
+                raise word
         if dead:
             self._workers[self._workers.index(worker)] = _Worker(self._arguments)
             if worker.run:
@@ -330,7 +330,7 @@ def _serve(pipe: Connection, out: str, device: str, about: dict[str, str], limit
                 with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
                     attempt(folder, device, about, stop, limits, lambda: pipe.send("began"))
             except OSError as error:  # not even the failure could be written
-                pipe.send(str(error))
+                pipe.send(error)
             pipe.send("ended")
     os._exit(0)  # the interpreter would take a while to say goodbye
 

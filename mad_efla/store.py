@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from mad_efla import lease
 from mad_efla.config import ConfigError, Document, Section
@@ -78,6 +78,7 @@ class Result(Section):
         state_size: Numbers carried between tokens at the task's length, all layers.
         seconds: Wall time spent training and evaluating, all attempts.
         train_seconds: The part of it inside training steps.
+        spent: Parts of the rest: data, model, evaluation, spectrum, logging, checkpoint.
         data_digest: Hash of the generated data.
         probes: How the chosen weights do on what the task tests beside its test split.
         environment: Backends, device, threads, library versions, git commit.
@@ -98,6 +99,7 @@ class Result(Section):
     state_size: int
     seconds: float
     train_seconds: float
+    spent: dict[str, float] = Field(default_factory=dict)
     data_digest: str
     probes: tuple[ProbeScore, ...] = ()
     environment: dict[str, str]

@@ -85,6 +85,7 @@ def train(
         state_size=model.state_size(loop.model, run.task.input_length),
         seconds=round(loop.seconds, 3),
         train_seconds=round(loop.train_seconds, 3),
+        spent={what: round(seconds, 4) for what, seconds in loop.spent.items()},
         data_digest=loop.data.digest,
         probes=probes,
         environment=(environment or {}) | {"backends": " ".join(sorted(loop.backends))},
@@ -132,8 +133,10 @@ class Loop:
             for split in data.SPLITS
         }
         self.splits = {s: tuple(t.to(device) for t in ts) for s, ts in self.splits.items()}
+        self.spent = {"data": time.perf_counter() - self._begun}  # seconds beside training steps
         self.model = model.build(run).to(device)
         self.optimizer = _optimizer(self.model, run.optim)
+        self.spent["model"] = time.perf_counter() - self._begun - self.spent["data"]
         self.step = 0
         self.started = now()
         self.earlier_seconds = 0.0
@@ -174,7 +177,9 @@ class Loop:
         else:
             self.chosen_step = self.step
         test, validation = self._scores("test"), self._scores("validation")
+        start = time.perf_counter()
         self.folder.save_model({k: v.cpu() for k, v in self.model.state_dict().items()})
+        self._spend("checkpoint", start)
         return test, validation
 
     def probe(self) -> tuple[ProbeScore, ...]:
@@ -272,6 +277,7 @@ class Loop:
 
     def _glance(self) -> None:
         """Log what the mixers do with their memory; a mixer that cannot tell stops no run."""
+        begun = time.perf_counter()
         inputs = self.splits["validation"][0][:_GLANCED]
         try:
             with self._autocast():
@@ -280,6 +286,7 @@ class Loop:
             self.glancing = False
             warnings.warn(f"no spectrum from step {self.step} on: {error!r}", stacklevel=1)
             return
+        self._spend("spectrum", begun)
         if found:
             self._log(found)
 
@@ -291,6 +298,7 @@ class Loop:
 
     @torch.no_grad()
     def _tally(self, inputs: Tensor, targets: Tensor) -> Tally:
+        begun = time.perf_counter()
         tally = Tally(self.run.task.vocabulary, self.device)
         for start in range(0, len(inputs), self.run.train.batch_size):
             rows = slice(start, start + self.run.train.batch_size)
@@ -298,6 +306,7 @@ class Loop:
             with self._autocast():
                 logits = self.model(inputs[rows], scored)
             tally.add(logits, targets[rows][scored].long())
+        self._spend("evaluation", begun)
         return tally
 
     def _autocast(self) -> torch.autocast:
@@ -308,7 +317,12 @@ class Loop:
 
     def _log(self, metrics: dict[str, float]) -> None:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        start = time.perf_counter()
         self.folder.append([Row(self.step, now(), finite)])
+        self._spend("logging", start)
+
+    def _spend(self, what: str, start: float) -> None:
+        self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - start
 
     @property
     def seconds(self) -> float:
@@ -316,6 +330,7 @@ class Loop:
         return self.earlier_seconds + time.perf_counter() - self._begun
 
     def _save(self) -> None:
+        start = time.perf_counter()
         self.folder.save_checkpoint(
             {
                 "model": self.model.state_dict(),
@@ -325,10 +340,12 @@ class Loop:
                 "chosen_key": list(self.chosen_key),
                 **{name: getattr(self, name) for name in _COUNTERS},
                 "earlier_seconds": self.seconds,
+                "spent": self.spent,
                 "losses": self.losses,
                 "backends": sorted(self.backends),
             }
         )
+        self._spend("checkpoint", start)
         self._saved = time.perf_counter()
 
     def _restore(self) -> None:
@@ -345,6 +362,8 @@ class Loop:
         self.earlier_seconds = state["earlier_seconds"]
         for name in _COUNTERS:
             setattr(self, name, state[name])
+        for what, seconds in state.get("spent", {}).items():
+            self.spent[what] = self.spent.get(what, 0.0) + seconds
 
 
 _COUNTERS = (
