@@ -191,6 +191,8 @@ class Graph(Static):
             _restore(moved, before)  # where a rehearsal's capture makes a step
             buffer.copy_(others)
             found = replay().clone()
+        except torch.OutOfMemoryError:
+            raise  # is no fault of the step
         except RuntimeError as error:
             raise RuntimeError(
                 f"this step cannot be captured as a CUDA graph ({error}); {VARIABLE}=plain trains "
@@ -243,6 +245,7 @@ def padded(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def cuda_graph(run: Replay) -> Replay:
     """Capture a function of static tensors that ran before; return its replay."""
+    _leave_the_default_stream()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         result = run()
