@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install sweep test notebooks notebooks-test images peer cluster stress busy thousand check gpu clean
+.PHONY: install sweep test notebooks notebooks-test images peer cluster stress busy thousand check gpu gpu-train clean
 
 install: $(VENV)/.installed
 
@@ -88,6 +88,12 @@ check: install
 # Accuracy of the GPU kernels on the device, then timings; under 8 minutes, needs a CUDA torch.
 gpu:
 	$(BIN)/python kernels/gpu.py
+
+# Training steps on the device: forms of the step, runs at once, the hours of the full protocol;
+# under 8 minutes, needs a CUDA torch. `bench device` on a CPU rehearses it.
+gpu-train:
+	$(BIN)/mad-efla bench device recall noisy_recall fuzzy_recall selective_copying compression \
+	  memorization --plan mad --set mixers=[efla] --device cuda --to kernels/results/device.jsonl
 
 clean:
 	rm -rf $(VENV) build dist

@@ -595,11 +595,62 @@ def bench_overhead(task: str, plan: str, assignments: tuple[str, ...], workers: 
     \b
     mad-efla bench overhead recall --set seeds=[0]
     """
-    from mad_efla import bench, display, execute, sweep
+    from mad_efla import bench, display, execute, executors, sweep
 
     found = sweep.expand(task, plan, assignments, execute.resolve_precision("cpu"))
-    split = bench.overhead(found, "cpu", workers or _workers("cpu"))
+    split = bench.overhead(found, "cpu", workers or executors.cores())
     display.stdout().print(bench.split_table(split))
+
+
+@bench.command("device")
+@click.argument("tasks", nargs=-1, required=True)
+@_options(
+    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="Where to train.",
+    ),
+    click.option(
+        "--seconds", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
+        help="To time each measurement for.",
+    ),
+    click.option(
+        "--at-once", type=click.IntRange(2), multiple=True, default=(2, 4, 8), show_default=True,
+        metavar="N", help="Runs to share the device, and to be stacked. Repeatable.",
+    ),
+    click.option(
+        "--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Append the lines to FILE, too.",
+    ),
+)  # fmt: skip
+@_says_errors
+def bench_device(
+    tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], device: str, seconds: float,
+    at_once: tuple[int, ...], to: Path | None,
+) -> None:  # fmt: skip
+    """Time training steps of a plan on TASKS in every way to make many runs, as JSON lines.
+
+    One run by each form of the step, several processes that share the device, several runs stacked
+    in one program; last, an estimate of the whole plan for each mixer.
+
+    \b
+    mad-efla bench device recall --set mixers=[efla] --at-once 4
+    """
+    import json
+
+    from mad_efla import execute, sweep, throughput
+
+    device = execute.resolve_device(device)
+    precision = execute.resolve_precision(device)
+    runs = [r for task in tasks for r in sweep.expand(task, plan, assignments, precision).runs]
+    for row in throughput.measure(runs, device, seconds, list(at_once)):
+        line = json.dumps(row)
+        click.echo(line)
+        if to is not None:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with to.open("a") as file:
+                file.write(line + "\n")
 
 
 @bench.command("data")

@@ -12,15 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mad_efla import data, model, shared, spectrum
+from mad_efla import data, devices, model, shared, spectrum, step
 from mad_efla.metrics import Tally
 from mad_efla.run import OptimConfig, RunConfig
 from mad_efla.store import ProbeScore, Result, Row, RunFolder, Scores, now
 from mad_efla.tasks import IGNORE
-from mad_kernels import record_backends
 
 LOG_EVERY = 10  # steps between logged training losses
 CHECKPOINT_SECONDS = 60.0
@@ -63,6 +61,8 @@ def train(
     Raises:
         Interrupted: `stop` returned true.
     """
+    if device == "cuda":
+        devices.take()
     loop = Loop(run, folder, torch.device(device))
     status, stopped = "finished", None
     try:
@@ -88,7 +88,8 @@ def train(
         spent={what: round(seconds, 4) for what, seconds in loop.spent.items()},
         data_digest=loop.data.digest,
         probes=probes,
-        environment=(environment or {}) | {"backends": " ".join(sorted(loop.backends))},
+        environment=(environment or {})
+        | {"backends": " ".join(sorted(loop.stepper.backends)), "step": loop.form},
         started=loop.started,
         ended=now(),
     )
@@ -135,7 +136,11 @@ class Loop:
         self.splits = {s: tuple(t.to(device) for t in ts) for s, ts in self.splits.items()}
         self.spent = {"data": time.perf_counter() - self._begun}  # seconds beside training steps
         self.model = model.build(run).to(device)
-        self.optimizer = _optimizer(self.model, run.optim)
+        self.form = step.form(device)
+        self.stepper = step.FORMS[self.form](
+            self.model, run.train, run.optim, *self.splits["train"]
+        )
+        self.optimizer = self.stepper.optimizer
         self.spent["model"] = time.perf_counter() - self._begun - self.spent["data"]
         self.step = 0
         self.started = now()
@@ -148,7 +153,6 @@ class Loop:
         self.chosen_key = (-math.inf, -math.inf)
         self.chosen: dict[str, Tensor] | None = None
         self.stopped: str | None = None
-        self.backends: set[str] = set()
         self.glancing = True  # until it fails
         self._order: tuple[int, Tensor] | None = None
         self._restore()
@@ -194,20 +198,8 @@ class Loop:
     def train_step(self) -> None:
         """Make one optimiser step."""
         start = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.run.optim, self.step, self.run.steps)
-        inputs, targets = (t[self._batch()] for t in self.splits["train"])
-        scored = targets != IGNORE
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast(), record_backends() as ran:
-            logits = self.model(inputs, scored)
-        loss = F.cross_entropy(logits.float(), targets[scored].long())
-        loss.backward()
-        if self.run.optim.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optim.grad_clip)
-        self.optimizer.step()
-        self.losses.append(loss.detach())
-        self.backends |= ran
+        rate = learning_rate(self.run.optim, self.step, self.run.steps)
+        self.losses.append(self.stepper(self._batch(), rate))
         self.step += 1
         self.pending_seconds += time.perf_counter() - start
 
@@ -342,7 +334,7 @@ class Loop:
                 "earlier_seconds": self.seconds,
                 "spent": self.spent,
                 "losses": self.losses,
-                "backends": sorted(self.backends),
+                "backends": sorted(self.stepper.backends),
             }
         )
         self._spend("checkpoint", start)
@@ -353,11 +345,11 @@ class Loop:
         if state is None:
             return
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.stepper.load(state["optimizer"])
         torch.set_rng_state(state["random"])
         self.chosen = state["chosen"]
         self.chosen_key = tuple(state["chosen_key"])
-        self.backends = set(state["backends"])
+        self.stepper.backends |= set(state["backends"])
         self.losses = [loss.to(self.device) for loss in state["losses"]]
         self.earlier_seconds = state["earlier_seconds"]
         for name in _COUNTERS:
@@ -377,13 +369,3 @@ def _tensors(examples: data.Examples, loss: str) -> tuple[Tensor, Tensor]:
     if loss == "sequence" and examples.next_tokens is not None:
         targets = examples.next_tokens
     return torch.from_numpy(examples.inputs), torch.from_numpy(targets)
-
-
-def _optimizer(module: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only: norms, biases and gates are left alone."""
-    parameters = list(module.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)

@@ -118,7 +118,7 @@ class Local:
             )
         if workers is None:
             cuda = self.device == "cuda"
-            workers = (per_device or 1) * torch.cuda.device_count() if cuda else _cores()
+            workers = (per_device or 1) * torch.cuda.device_count() if cuda else cores()
         self.workers = workers
 
     @property
@@ -143,7 +143,8 @@ class Local:
         )  # fmt: skip
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -26,7 +26,9 @@ from mad_efla.estimate import Costs
 from mad_efla.execute import NO_LIMITS, Watch, Work
 from mad_efla.executors import follow
 from mad_efla.run import Limits, RunConfig
+from mad_efla.step import VARIABLE as FORM
 from mad_efla.store import RunFolder, write_bytes
+from mad_kernels.dispatch import VARIABLE as BACKEND
 
 try:
     import ray
@@ -116,11 +118,13 @@ class Ray:
 
 def _join(workers: int | None) -> None:
     worker._worker_logs_enabled = False  # else it prints to stdout, between our tables
+    chosen = {name: os.environ[name] for name in (FORM, BACKEND) if name in os.environ}
     try:
         _reach(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
             num_cpus=workers, include_dashboard=False, log_to_driver=False,
-            logging_level=logging.ERROR, runtime_env={"env_vars": execute.ALLOCATOR},
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": execute.ALLOCATOR | chosen},
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
