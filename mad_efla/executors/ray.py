@@ -28,6 +28,7 @@ from mad_efla.executors import follow
 from mad_efla.run import Limits, RunConfig
 from mad_efla.step import VARIABLE as FORM
 from mad_efla.store import RunFolder, write_bytes
+from mad_efla.tasks.smnist import DATA
 from mad_kernels.dispatch import VARIABLE as BACKEND
 
 try:
@@ -118,7 +119,7 @@ class Ray:
 
 def _join(workers: int | None) -> None:
     worker._worker_logs_enabled = False  # else it prints to stdout, between our tables
-    chosen = {name: os.environ[name] for name in (FORM, BACKEND) if name in os.environ}
+    chosen = {name: os.environ[name] for name in (FORM, BACKEND, DATA) if name in os.environ}
     try:
         _reach(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
