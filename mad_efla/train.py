@@ -7,6 +7,7 @@ of threads, it then ends with the same weights, bit for bit.
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mad_efla import data, model
+from mad_efla import data, model, spectrum
 from mad_efla.metrics import Tally
 from mad_efla.run import OptimConfig, RunConfig
 from mad_efla.store import Result, Row, RunFolder, Scores, now
@@ -23,6 +24,8 @@ from mad_kernels import record_backends
 
 LOG_EVERY = 10  # steps between logged training losses
 CHECKPOINT_SECONDS = 60.0
+GLANCES = 16  # at the mixers' memory in a run, at most; each costs a tenth of an evaluation
+_GLANCED = 2  # sequences of the validation split
 
 
 class Interrupted(Exception):
@@ -141,6 +144,7 @@ class Loop:
         self.chosen: dict[str, Tensor] | None = None
         self.stopped: str | None = None
         self.backends: set[str] = set()
+        self.glancing = True  # until it fails
         self._order: tuple[int, Tensor] | None = None
         self._restore()
 
@@ -232,6 +236,8 @@ class Loop:
         self._log({f"val/{name}": value for name, value in validation.model_dump().items()})
         if self.steps_to_90 is None and validation.token_accuracy >= 0.9:
             self.steps_to_90 = self.step
+        if self._glance_due():
+            self._glance()
         if train.select_split == "none":
             return
         scores = validation
@@ -249,6 +255,24 @@ class Loop:
                 f"solved: {train.select_split} token accuracy {scores.token_accuracy:.4f} "
                 f"reached {train.stop_at} at step {self.step}"
             )
+
+    def _glance_due(self) -> bool:
+        """Spread the glances evenly over the evaluations; the last one has one."""
+        every = self.run.eval_every * -(-self.run.steps // self.run.eval_every // GLANCES)
+        return self.glancing and (self.step % every == 0 or self.step == self.run.steps)
+
+    def _glance(self) -> None:
+        """Log what the mixers do with their memory; a mixer that cannot tell stops no run."""
+        inputs = self.splits["validation"][0][:_GLANCED]
+        try:
+            with self._autocast():
+                found = spectrum.glance(self.model, inputs.long())
+        except Exception as error:
+            self.glancing = False
+            warnings.warn(f"no spectrum from step {self.step} on: {error!r}", stacklevel=1)
+            return
+        if found:
+            self._log(found)
 
     @torch.no_grad()
     def _scores(self, split: str) -> Scores:
