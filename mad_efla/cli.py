@@ -12,14 +12,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from mad_efla.config import ConfigError
 
 if TYPE_CHECKING:
-    from mad_efla.store import SweepRecord
+    from mad_efla.spectrum import Diagnosis
+    from mad_efla.store import RunFolder, SweepRecord
     from mad_efla.sweep import Sweep
 
 OUT = "runs"
@@ -55,6 +56,10 @@ _tracking = click.option(
     "--tracking-uri", metavar="URI",
     help="MLflow store; else MLFLOW_TRACKING_URI, else ./mlflow.db.",
 )  # fmt: skip
+_log_model = click.option(
+    "--log-model", "log_models", is_flag=True,
+    help="Log the models of finished runs to MLflow, too, for `mlflow.pytorch.load_model`.",
+)  # fmt: skip
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -89,6 +94,11 @@ def cli() -> None:
     _out,
     _tracking,
     click.option("--no-tracking", is_flag=True, help="Leave MLflow alone; `mad-efla sync` later."),
+    _log_model,
+    click.option(
+        "--no-figures", is_flag=True,
+        help="Draw no figures for MLflow at the end; `mad-efla sync --figures` later.",
+    ),
     click.option("--dry-run", is_flag=True, help="Print the runs and an estimate, and stop."),
     click.option(
         "--max-hours", type=click.FloatRange(0, min_open=True), metavar="H",
@@ -99,8 +109,8 @@ def cli() -> None:
 @_says_errors
 def sweep(
     tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], device: str,
-    workers: int | None, out: Path, tracking_uri: str | None, no_tracking: bool, dry_run: bool,
-    max_hours: float | None, retry_failed: bool,
+    workers: int | None, out: Path, tracking_uri: str | None, no_tracking: bool, log_models: bool,
+    no_figures: bool, dry_run: bool, max_hours: float | None, retry_failed: bool,
 ) -> None:  # fmt: skip
     """Train every mixer of a plan on TASKS and show who learned what.
 
@@ -125,7 +135,16 @@ def sweep(
     from mad_efla import tracking
 
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
-    sys.exit(_sweep(sweeps, out, device, workers, uri, max_hours, retry_failed))
+    told = _Told(uri, log_models, figures=not no_figures)
+    sys.exit(_sweep(sweeps, out, device, workers, told, max_hours, retry_failed))
+
+
+class _Told(NamedTuple):
+    """What MLflow is told of a sweep; nothing without an address."""
+
+    uri: str | None
+    log_models: bool
+    figures: bool
 
 
 def _workers(device: str) -> int:
@@ -157,7 +176,7 @@ def _dry_run(sweeps: "list[Sweep]", out: Path, workers: int) -> None:
 
 
 def _sweep(
-    sweeps: "list[Sweep]", out: Path, device: str, workers: int, tracking_uri: str | None,
+    sweeps: "list[Sweep]", out: Path, device: str, workers: int, told: _Told,
     max_hours: float | None, retry_failed: bool,
 ) -> int:  # fmt: skip
     """Make what is missing, mirror it, print the tables; return the exit status."""
@@ -177,9 +196,9 @@ def _sweep(
         deadline = time.monotonic() + 3600 * max_hours
     with contextlib.ExitStack() as stack:
         mirrors = [
-            stack.enter_context(tracking.Mirror(tracking_uri, out, record))
+            stack.enter_context(tracking.Mirror(told.uri, out, record, log_models=told.log_models))
             for record in records
-            if tracking_uri is not None
+            if told.uri is not None
         ]
         try:
             settled = done.keys() | (set() if retry_failed else store.given_up(out, runs))
@@ -198,10 +217,12 @@ def _sweep(
             err.print("interrupted: finished runs stay; the same command goes on", markup=False)
         for record in records:
             store.write_sweep(out, record.model_copy(update={"ended": store.now()}))
+        failed = _print_results(sweeps, out)
+        if mirrors and told.figures and not interrupted:
+            _draw(records, out)
     for problem in filter(None, (m.problem for m in mirrors)):
         err.print(f"warning: {problem}", markup=False, highlight=False, soft_wrap=True)
-    failed = _print_results(sweeps, out)
-    _print_next(out, tracking_uri)
+    _print_next(out, told.uri)
     return 130 if interrupted else 1 if failed else 0
 
 
@@ -244,6 +265,23 @@ def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
                 text = display.failure(run, folder)
                 err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
     return failed
+
+
+def _draw(records: "list[SweepRecord]", out: Path) -> None:
+    """Draw what MLflow shows of sweeps; what cannot be drawn costs a line and nothing else."""
+    from mad_efla import display
+    from mad_efla.figures import artifacts
+
+    err = display.stderr()
+    for record in records:
+        try:
+            artifacts.of_sweep(out, record)
+        except KeyboardInterrupt:
+            err.print("interrupted: `mad-efla sync --figures` draws the rest", markup=False)
+            return
+        except Exception as error:  # a plug-in's dynamics, a full disk: the results are there
+            text = f"warning: {record.task}, plan {record.plan}: not all is drawn: {error!r}"
+            err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_next(out: Path, tracking_uri: str | None) -> None:
@@ -304,13 +342,24 @@ def logs(run: str, out: Path) -> None:
 
 
 @cli.command()
-@_options(_out, _tracking)
+@_options(
+    _out,
+    _tracking,
+    _log_model,
+    click.option(
+        "--figures", is_flag=True,
+        help="Draw leaderboards, and the memory of each mixer's best run in each setting.",
+    ),
+)  # fmt: skip
 @_says_errors
-def sync(out: Path, tracking_uri: str | None) -> None:
+def sync(out: Path, tracking_uri: str | None, log_models: bool, figures: bool) -> None:
     """Bring MLflow up to date from the run folders, as after a server was away."""
-    from mad_efla import tracking
+    from mad_efla import store, tracking
 
-    report = tracking.sync(tracking.resolve_uri(tracking_uri), out)
+    uri = tracking.resolve_uri(tracking_uri)
+    if figures:
+        _draw(store.read_sweeps(out), out)
+    report = tracking.sync(uri, out, log_models=log_models)
     if report.problem:
         click.echo(f"error: {report.problem}", err=True)
         sys.exit(1)
@@ -412,11 +461,17 @@ def report(runs: Path, to: Path | None) -> None:
         "--seed", type=click.IntRange(0), default=0, show_default=True,
         help="Draws the noise and the replaced token that gains are measured with.",
     ),
+    click.option(
+        "--log", is_flag=True,
+        help="Draw each RUN on a page of its own, too, as an artifact of the run in MLflow.",
+    ),
+    _tracking,
 )  # fmt: skip
 @_says_errors
 def spectrum(
-    runs: tuple[str, ...], out: Path, to: Path, against: str | None, examples: int, seed: int
-) -> None:
+    runs: tuple[str, ...], out: Path, to: Path, against: str | None, examples: int, seed: int,
+    log: bool, tracking_uri: str | None,
+) -> None:  # fmt: skip
     """Show what trained mixers do with their memory: a table, and figures as PNG and SVG.
 
     A RUN is named by the beginning of its name, as in `mad-efla status`. Its weights are looked at
@@ -442,6 +497,23 @@ def spectrum(
     for name, figure in drawn.items():
         for path in figures.save(figure, to / name):
             click.echo(path)
+    if log:
+        _log_figures(list(zip(folders, found.values(), strict=True)), out, tracking_uri)
+
+
+def _log_figures(
+    looked: "list[tuple[RunFolder, Diagnosis]]", out: Path, tracking_uri: str | None
+) -> None:
+    from mad_efla import tracking
+    from mad_efla.figures import artifacts
+
+    uri = tracking.resolve_uri(tracking_uri)
+    for folder, diagnosis in looked:
+        for path in artifacts.of_run(folder, diagnosis):
+            click.echo(path)
+    report = tracking.sync(uri, out, fingerprints=[folder.fingerprint for folder, _ in looked])
+    if report.problem:
+        raise ConfigError(report.problem)
 
 
 @cli.group()

@@ -88,6 +88,27 @@ def point_key(run: RunConfig) -> str:
     return canonical_json({k: v for k, v in run.model_dump().items() if k != "seed"})
 
 
+def best_runs(
+    runs: Iterable[RunConfig], results: dict[str, Result]
+) -> dict[tuple[str, str], RunConfig]:
+    """Name for each setting and mixer one run: at the chosen grid point the best on validation.
+
+    Only finished runs count, and of a sweep of one task.
+    """
+    points: dict[tuple[str, str], dict[str, list[RunConfig]]] = {}
+    for run in runs:
+        if run.fingerprint in results:
+            own = points.setdefault((run.setting, run.mixer), {})
+            own.setdefault(point_key(run), []).append(run)
+    best = {}
+    for cell, grid in points.items():
+        chosen = max(grid.values(), key=lambda p: validation([results[r.fingerprint] for r in p]))
+        whole = [r for r in chosen if results[r.fingerprint].status == "finished"]
+        if whole:
+            best[cell] = max(whole, key=lambda r: validation([results[r.fingerprint]]))
+    return best
+
+
 def _line(points: dict[str, list[RunConfig]], results: dict[str, Result]) -> Line | None:
     done = {
         key: [results[r.fingerprint] for r in runs if r.fingerprint in results]

@@ -8,7 +8,9 @@
       result.json      written last: a run with a result is done
       failure.json     why the last attempt ended without one
       claim.N          who makes or made it, the highest number last
+      figures/         what was drawn of it
     runs/sweeps/<id>.json    which runs a sweep is made of
+    runs/sweeps/<id>/        what was drawn of it
 
 Whole files are replaced atomically. What turns out broken is set aside under a name of its own and
 reported, never deleted. One process at a time holds a run, by a claim (`lease.py`): whoever lost
@@ -126,6 +128,11 @@ class RunFolder:
         self.path = out / fingerprint
         self.notes: list[str] = []
         self._claim: lease.Claim | None = None
+
+    @property
+    def figures(self) -> Path:
+        """Where figures of the run are, if any were drawn."""
+        return self.path / "figures"
 
     def create(self, run: RunConfig) -> None:
         """Make the folder and write the configuration into it, if it is not there."""
@@ -379,6 +386,11 @@ def write_sweep(out: Path, record: SweepRecord) -> None:
     """Write a sweep's record."""
     (out / "sweeps").mkdir(parents=True, exist_ok=True)
     write_json(out / "sweeps" / f"{record.id}.json", record.model_dump(mode="json"))
+
+
+def sweep_figures(out: Path, identity: str) -> Path:
+    """Say where figures of a sweep are, if any were drawn."""
+    return out / "sweeps" / identity
 
 
 def read_sweeps(out: Path) -> list[SweepRecord]:

@@ -4,6 +4,7 @@
     forgetting    x of single tokens; what products of transitions leave; how long heads remember
     state         directions in use over time; singular values at the end; spread of the keys
     reach         how far back outputs look, attention's too; gain of each layer
+    overview      of one run: products, rank, reach and eigenvalues in one figure
 
 Rows are layers. A mixer is shown wherever a quantity exists for it, and a figure that would be
 empty is not drawn. Colour and dashes name the run, the same in all figures.
@@ -51,6 +52,7 @@ _FLOOR = 1e-3  # of axes for what falls to nothing
 _BIN = 0.025  # of eigenvalues
 _GREY = "0.4"
 _SMALL = 6.0  # points
+_ROOM = 2.15  # inches for a column of an overview
 _SIDE_BY_SIDE = 4  # runs
 _WITH_QUARTILES = 3  # runs whose quartiles can still be told apart
 
@@ -233,6 +235,41 @@ def figures(diagnoses: dict[str, Diagnosis]) -> dict[str, Figure]:
     return found
 
 
+def overview(name: str, diagnosis: Diagnosis) -> Figure | None:
+    """Draw the most telling of these for one run; None where its mixers have nothing to show."""
+    looks, rows = lines([name]), [{name: layer} for layer in diagnosis.layers]
+    panels = [p for p in _OVERVIEW if any(p.parts(row) for row in rows)]
+    strips = any(layer.tokens for layer in diagnosis.layers)
+    if not panels:
+        return None
+    with style():
+        figure, grid = _page(len(panels), len(rows), wide=strips)
+        figure.set_figwidth(_ROOM * max(2, len(panels) + strips))
+        _draw(figure, grid, panels, rows, looks)
+        if strips:
+            _strip_column(figure, grid, len(panels), diagnosis)
+        figure.suptitle(name, fontsize="medium", weight="bold")
+        rings = any(layer.kind == "attention" for layer in diagnosis.layers)
+        _note(figure, [*_lines(looks), *(["rings: attention, by its own weights"] * rings)])
+    return figure
+
+
+def _strip_column(figure: Figure, grid: GridSpec, column: int, diagnosis: Diagnosis) -> None:
+    tokens = [layer.tokens for layer in diagnosis.layers]
+    centres = _centres([t for t in tokens if t is not None])
+    for i, own in enumerate(tokens):
+        ax = figure.add_subplot(grid[i, column])
+        if own is not None:
+            _strips(ax, own, centres)
+            ax.set_ylabel("head")
+        else:
+            _nothing(ax)
+        if i == 0:
+            ax.set_title("eigenvalues\nalong the key", loc="left", pad=9)
+        ax.tick_params(labelbottom=i == len(tokens) - 1)
+    ax.set_xlabel("eigenvalue\n(dark: many tokens)")
+
+
 class Drawn(NamedTuple):
     """What a panel shows of a run: the layer's kind, what was measured, its curve and look."""
 
@@ -334,6 +371,10 @@ def _explain(figure: Figure, looks: dict[str, Line], notes: list[str]) -> None:
     handles = [Line2D([], [], color=x.color, dashes=x.dashes, label=n) for n, x in looks.items()]
     across = int(figure.get_figwidth() * 15) // (max(map(len, looks)) + 7)
     figure.legend(handles=handles, loc="outside upper center", ncols=max(1, across))
+    _note(figure, notes)
+
+
+def _note(figure: Figure, notes: list[str]) -> None:
     text = textwrap.fill("; ".join(notes), int(figure.get_figwidth() * 23))
     figure.supxlabel(text, fontsize=_SMALL, color=_GREY, x=0.99, ha="right")
 
@@ -359,9 +400,7 @@ def _mark(ax: Axes, y: float, text: str, side: Literal["left", "right"] = "right
 def _eigenvalues(rows: list[dict[str, LayerDiagnosis]]) -> Figure:
     """Draw a strip per head: where the eigenvalues of its tokens lie."""
     runs = list(dict.fromkeys(n for row in rows for n, x in row.items() if x.tokens))
-    least = min(float(x.tokens.eigenvalue.min()) for r in rows for x in r.values() if x.tokens)
-    first = -1.1 if least < -_BIN / 2 else -0.1
-    centres = np.arange(round(first / _BIN), round(1.1 / _BIN) + 1) * _BIN  # one of them is 0
+    centres = _centres([x.tokens for row in rows for x in row.values() if x.tokens])
     across, depth = min(len(runs), _SIDE_BY_SIDE), len(rows)
     blocks = -(-len(runs) // across)
     size = (PAGE * (0.25 + 0.75 * across / _SIDE_BY_SIDE), 0.5 + blocks * (0.3 + 1.15 * depth))
@@ -377,8 +416,7 @@ def _eigenvalues(rows: list[dict[str, LayerDiagnosis]]) -> Figure:
             if tokens is not None:
                 shown = _strips(ax, tokens, centres)
             else:
-                ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", color=_GREY)
-                ax.set_yticks([])
+                _nothing(ax)
             if i == 0:
                 ax.set_title("\n".join(textwrap.wrap(name, 24)), pad=9)
             if column == 0:
@@ -390,6 +428,18 @@ def _eigenvalues(rows: list[dict[str, LayerDiagnosis]]) -> Figure:
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
         bar.set_label("tokens of a head in a bin")
     return figure
+
+
+def _centres(tokens: list[PerToken]) -> np.ndarray:
+    """Return the middles of bins that hold all eigenvalues; one of them is 0."""
+    least = min(float(t.eigenvalue.min()) for t in tokens)
+    first = -1.1 if least < -_BIN / 2 else -0.1
+    return np.arange(round(first / _BIN), round(1.1 / _BIN) + 1) * _BIN
+
+
+def _nothing(ax: Axes) -> None:
+    ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", color=_GREY)
+    ax.set_yticks([])
 
 
 def _strips(ax: Axes, tokens: PerToken, centres: np.ndarray) -> Any:
@@ -527,7 +577,7 @@ def _frame_keys(ax: Axes, drawn: list[Drawn]) -> None:
 
 _STATE = [
     Panel(
-        "effective rank of the state",
+        "effective rank\nof the state",
         "tokens read",
         lambda layer: layer.state,
         rank_over_time,
@@ -631,3 +681,6 @@ def _gains(ax: Axes, diagnoses: dict[str, Diagnosis], looks: dict[str, Line]) ->
     ax.tick_params("y", length=0)
     ax.set_title("gain of a change of its input,\nruns in the legend's order", loc="left")
     ax.set_xlabel("out over in, both relative\n(filled: a token, hollow: noise)")
+
+
+_OVERVIEW = [_FORGETTING[1], _STATE[0], _REACH[0]]
