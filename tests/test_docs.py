@@ -62,7 +62,7 @@ def test_the_results_of_the_readme_are_those_of_the_results_page():
 
 
 def test_the_mixer_of_the_readme_keeps_every_promise(tmp_path, monkeypatch):
-    (text,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (text,) = re.findall(r"```python\n(# mean.py\n.*?)```", README, re.S)
     (tmp_path / "mean.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     _, findings = contract.check("mean:Mean", (), 32)
