@@ -119,7 +119,7 @@ def _join(workers: int | None) -> None:
         _reach(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
             num_cpus=workers, include_dashboard=False, log_to_driver=False,
-            logging_level=logging.ERROR, 
+            logging_level=logging.ERROR,
             runtime_env={"env_vars": execute.ALLOCATOR | chosen},
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError) as error:
@@ -149,6 +149,7 @@ def _reach(address: str) -> None:
 def _probe(out: Path) -> Iterator[Path]:
     """Put a file into the folder of runs by which tasks tell whether they see it."""
     path = out.resolve() / f".shared-{secrets.token_hex(8)}"
+    out.mkdir(parents=True, exist_ok=True)
     path.touch()
     try:
         yield path
@@ -167,7 +168,8 @@ def _ended(folder: RunFolder, tasks: dict[str, Any]) -> bool:
     except TaskCancelledError:
         pass
     except RayTaskError as error:
-        folder.fail("failed", f"{type(error.cause).__name__}: {error.cause}"[:300], str(error))
+        reason = f"{type(error.cause).__name__}: {error.cause}".splitlines()[0][:300]
+        folder.fail("failed", reason, str(error))
     except RayError as error:
         reason = f"its worker or node died {RETRIES + 1} times: {type(error).__name__}"
         folder.fail("failed", reason, str(error), transient=True)
