@@ -154,6 +154,7 @@ def _reach(address: str) -> None:
 def _probe(out: Path) -> Iterator[Path]:
     """Put a file into the folder of runs by which tasks tell whether they see it."""
     path = out.resolve() / f".shared-{secrets.token_hex(8)}"
+    out.mkdir(parents=True, exist_ok=True)
     path.touch()
     try:
         yield path
@@ -172,7 +173,8 @@ def _ended(folder: RunFolder, tasks: dict[str, Any]) -> bool:
     except TaskCancelledError:
         pass
     except RayTaskError as error:
-        folder.fail("failed", f"{type(error.cause).__name__}: {error.cause}"[:300], str(error))
+        reason = f"{type(error.cause).__name__}: {error.cause}".splitlines()[0][:300]
+        folder.fail("failed", reason, str(error))
     except RayError as error:
         reason = f"its worker or node died {RETRIES + 1} times: {type(error).__name__}"
         folder.fail("failed", reason, str(error), transient=True)
