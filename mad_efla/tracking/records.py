@@ -80,10 +80,12 @@ def points(rows: Iterable[Row], result: Result | None) -> list[Point]:
 
     Those under corruption have a hundredth of the severity for a step.
     """
-    found = [Point(k, v, result.ended, 0) for k, v in summary(result).items()] if result else []
-    for probe in result.probes if result else ():
-        step = round(100 * probe.severity)
-        found.append(Point(f"test_under/{probe.name}", probe.accuracy, result.ended, step))
+    found = []
+    if result:
+        found = [Point(k, v, result.ended, 0) for k, v in summary(result).items()]
+        for probe in result.probes:
+            step = round(100 * probe.severity)
+            found.append(Point(f"test_under/{probe.name}", probe.accuracy, result.ended, step))
     return found + [Point(k, v, row.time, row.step) for row in rows for k, v in row.metrics.items()]
 
 
