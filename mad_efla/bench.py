@@ -1,10 +1,12 @@
-"""How long things take: a training step, mixer beside mixer, and the generation of data.
+"""How long things take: a training step, mixer beside mixer, the generation of data, and all else.
 
 Of steps only the ratios mean something on a CPU: those of all mixers are interleaved, in one
 process, so that whatever else the machine does falls on all of them, and the median of each is
-shown. Data is timed in processor seconds of one core.
+shown. Data is timed in processor seconds of one core. What a sweep spends beside its training steps
+is counted inside the runs, and set against the seconds that its workers had.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -15,10 +17,10 @@ from typing import NamedTuple
 import torch
 from rich.table import Table
 
-from mad_efla import data
+from mad_efla import data, execute, tracking
 from mad_efla.run import RunConfig
-from mad_efla.store import RunFolder
-from mad_efla.sweep import Setting
+from mad_efla.store import RunFolder, SweepRecord, finished, now, write_sweep
+from mad_efla.sweep import Setting, Sweep
 from mad_efla.train import Loop
 
 
@@ -125,4 +127,71 @@ def data_table(times: Iterable[DataTime]) -> Table:
             task.name, label, str(task.vocabulary), str(task.input_length),
             f"{sizes.train_examples:,}", f"{megabytes:.1f}", f"{ceiling:.4f}", f"{seconds:.3f}",
         )  # fmt: skip
+    return table
+
+
+class Split(NamedTuple):
+    """Where the time of a sweep's workers went.
+
+    Attributes:
+        runs: How many ran.
+        workers: Processes.
+        seconds: From the call to its end.
+        parts: Worker-seconds by what for; together `workers` x `seconds`.
+        driver: Processor seconds of the driver, which mirrors to MLflow meanwhile.
+    """
+
+    runs: int
+    workers: int
+    seconds: float
+    parts: dict[str, float]
+    driver: float
+
+
+def overhead(found: Sweep, device: str, workers: int) -> Split:
+    """Make a sweep's runs in a folder of their own, mirrored to MLflow, and split the time.
+
+    Args:
+        found: The sweep; nothing of it is kept.
+        device: `cpu` or `cuda`.
+        workers: Worker processes, at least one.
+    """
+    with TemporaryDirectory() as scratch:
+        out = Path(scratch) / "runs"
+        fingerprints = tuple(r.fingerprint for r in found.runs)
+        record = SweepRecord(
+            id=found.id, task=found.task, plan=found.plan, protocol=found.protocol,
+            command="mad-efla bench overhead", fingerprints=fingerprints, started=now(), ended=None,
+        )  # fmt: skip
+        write_sweep(out, record)
+        with tracking.Mirror(f"sqlite:///{scratch}/mlflow.db", out, record):
+            begun, wall, used = time.perf_counter(), time.time(), time.process_time()
+            execute.execute(found.runs, out, device=device, workers=workers)
+            seconds = time.perf_counter() - begun
+            driver = time.process_time() - used
+        results = list(finished(out, list(fingerprints)).values())
+    starts = sorted(r.ended / 1e3 - r.seconds - wall for r in results)[:workers]
+    parts = {"training steps": math.fsum(r.train_seconds for r in results)}
+    for what in ("evaluation", "spectrum", "data", "model", "logging", "checkpoint"):
+        parts[what] = math.fsum(r.spent.get(what, 0.0) for r in results)
+    parts["else in runs"] = math.fsum(r.seconds for r in results) - math.fsum(parts.values())
+    parts["workers' start"] = math.fsum(starts)
+    parts["between runs, and idle"] = len(starts) * seconds - math.fsum(parts.values())
+    return Split(len(results), len(starts), seconds, parts, driver)
+
+
+def split_table(split: Split) -> Table:
+    """Draw where the time went, and what a training step's second costs beside it."""
+    runs, workers, seconds, parts, driver = split
+    table = Table("", show_footer=True, title=f"{runs} runs, {workers} workers, {seconds:.1f} s")
+    total, steps = math.fsum(parts.values()), parts["training steps"]
+    for heading, footer in (
+        ("worker-seconds", f"{total:.2f}"), ("% of all", ""), ("% of the training steps", ""),
+    ):  # fmt: skip
+        table.add_column(heading, footer, justify="right")
+    for what, spent in parts.items():
+        table.add_row(
+            what, f"{spent:.2f}", f"{100 * spent / total:.2f}", f"{100 * spent / steps:.2f}"
+        )
+    table.caption = f"the driver used {driver:.1f} s of a processor beside the workers"
     return table

@@ -4,6 +4,7 @@ Exit status: 0 everything is done, 1 some run failed, 2 wrong usage, 130 interru
 """
 
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -12,14 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from mad_efla.config import ConfigError
 
 if TYPE_CHECKING:
-    from mad_efla.store import SweepRecord
+    from mad_efla.executors import Executor
+    from mad_efla.spectrum import Diagnosis
+    from mad_efla.store import RunFolder, SweepRecord
     from mad_efla.sweep import Sweep
 
 OUT = "runs"
@@ -39,6 +42,10 @@ def _says_errors(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         except ConfigError as error:
             raise click.UsageError(str(error)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                raise
+            raise click.ClickException(f"{error}; once it can, the same command goes on") from None
 
     return wrapped
 
@@ -54,6 +61,10 @@ _out = click.option(
 _tracking = click.option(
     "--tracking-uri", metavar="URI",
     help="MLflow store; else MLFLOW_TRACKING_URI, else ./mlflow.db.",
+)  # fmt: skip
+_log_model = click.option(
+    "--log-model", "log_models", is_flag=True,
+    help="Log the models of finished runs to MLflow, too, for `mlflow.pytorch.load_model`.",
 )  # fmt: skip
 
 
@@ -98,9 +109,22 @@ def cli() -> None:
         "--workers", type=click.IntRange(0), metavar="N",
         help="Worker processes, one thread each; 0 trains in this process.  [default: the cores]",
     ),
+    click.option(
+        "--per-device", type=click.IntRange(1), metavar="N",
+        help="Runs that share a GPU, in processes of their own.  [default: 1]",
+    ),
+    click.option(
+        "--executor", type=click.Choice(["local", "ray", "slurm"]), default="local",
+        show_default=True, help="Whose processes: this machine's, or a cluster's.",
+    ),
     _out,
     _tracking,
     click.option("--no-tracking", is_flag=True, help="Leave MLflow alone; `mad-efla sync` later."),
+    _log_model,
+    click.option(
+        "--no-figures", is_flag=True,
+        help="Draw no figures for MLflow at the end; `mad-efla sync --figures` later.",
+    ),
     click.option("--dry-run", is_flag=True, help="Print the runs and an estimate, and stop."),
     click.option(
         "--max-hours", type=click.FloatRange(0, min_open=True), metavar="H",
@@ -112,8 +136,9 @@ def cli() -> None:
 @_says_errors
 def sweep(
     tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], device: str,
-    workers: int | None, out: Path, tracking_uri: str | None, no_tracking: bool, dry_run: bool,
-    max_hours: float | None, retry_failed: bool,
+    workers: int | None, per_device: int | None, executor: str, out: Path,
+    tracking_uri: str | None, no_tracking: bool, log_models: bool, no_figures: bool,
+    dry_run: bool, max_hours: float | None, retry_failed: bool,
 ) -> None:  # fmt: skip
     """Train every mixer of a plan on TASKS and show who learned what.
 
@@ -125,29 +150,31 @@ def sweep(
     mad-efla sweep tasks/recall.yaml
     mad-efla sweep recall --plan mad --dry-run
     mad-efla sweep recall --set mixers=[efla] --set optim.lr=0.003
+    mad-efla sweep recall --plan mad --executor ray
     """
-    from mad_efla import execute, sweep
+    from mad_efla import executors, sweep
 
-    device = execute.resolve_device(device)
-    precision = execute.resolve_precision(device)
-    sweeps = [sweep.expand(task, plan, assignments, precision) for task in tasks]
-    workers = _workers(device) if workers is None else workers
+    runner = executors.choose(executor, device=device, workers=workers, per_device=per_device)
+    sweeps = [sweep.expand(task, plan, assignments, runner.precision) for task in tasks]
     if dry_run:
-        _dry_run(sweeps, out, workers)
+        _dry_run(sweeps, out, runner.slots)
         return
     from mad_efla import tracking
 
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
-    sys.exit(_sweep(sweeps, out, device, workers, uri, max_hours, retry_failed))
+    told = _Told(uri, log_models, figures=not no_figures)
+    sys.exit(_sweep(sweeps, out, runner, told, max_hours, retry_failed))
 
 
-def _workers(device: str) -> int:
-    return 1 if device == "cuda" else len(os.sched_getaffinity(0)) if hasattr(
-        os, "sched_getaffinity"
-    ) else os.cpu_count() or 1  # fmt: skip
+class _Told(NamedTuple):
+    """What MLflow is told of a sweep; nothing without an address."""
+
+    uri: str | None
+    log_models: bool
+    figures: bool
 
 
-def _dry_run(sweeps: "list[Sweep]", out: Path, workers: int) -> None:
+def _dry_run(sweeps: "list[Sweep]", out: Path, slots: int) -> None:
     from mad_efla import display, estimate, sweep
 
     console = display.stdout()
@@ -159,22 +186,22 @@ def _dry_run(sweeps: "list[Sweep]", out: Path, workers: int) -> None:
         console.print(
             display.runs(found.runs, sweep.differences(found.runs), found.sizes), soft_wrap=True
         )
-    guess = estimate.estimate(runs, out, {f: s for w in sweeps for f, s in w.sizes.items()})
+    sizes = {f: s for w in sweeps for f, s in w.sizes.items()}
+    guess = estimate.estimate(runs, out, sizes, slots)
     same = f"protocol {sweeps[0].protocol}, precision {runs[0].train.precision}"
     console.print(
         f"{len(runs)} runs, {guess.done} of them done; {same}; "
-        f"about {display.duration(guess.seconds / max(workers, 1))} "
-        f"on {max(workers, 1)} workers ({guess.basis})",
+        f"about {display.duration(guess.seconds)} on {slots} workers ({guess.basis})",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
 
 
 def _sweep(
-    sweeps: "list[Sweep]", out: Path, device: str, workers: int, tracking_uri: str | None,
-    max_hours: float | None, retry_failed: bool,
+    sweeps: "list[Sweep]", out: Path, runner: "Executor", told: _Told, max_hours: float | None,
+    retry_failed: bool,
 ) -> int:  # fmt: skip
     """Make what is missing, mirror it, print the tables; return the exit status."""
-    from mad_efla import display, execute, store, tracking
+    from mad_efla import display, estimate, execute, store, tracking
 
     store.ensure_writable(out)
     err = display.stderr()
@@ -190,18 +217,19 @@ def _sweep(
         deadline = time.monotonic() + 3600 * max_hours
     with contextlib.ExitStack() as stack:
         mirrors = [
-            stack.enter_context(tracking.Mirror(tracking_uri, out, record))
+            stack.enter_context(tracking.Mirror(told.uri, out, record, log_models=told.log_models))
             for record in records
-            if tracking_uri is not None
+            if told.uri is not None
         ]
         try:
             settled = done.keys() | (set() if retry_failed else store.given_up(out, runs))
             waiting = [r for r in runs if r.fingerprint not in settled]
             if waiting:
-                with display.Follow(runs, [r for r in runs if r.fingerprint in settled]) as follow:
-                    execute.execute(
-                        waiting, out, device=device, workers=workers, watch=follow.update,
-                        deadline=deadline,
+                costs = estimate.Costs(runs).read(out)
+                with display.Follow(runs, waiting, costs, runner.slots) as follow:
+                    runner.execute(
+                        waiting, out, watch=follow.update, deadline=deadline,
+                        limits=sweeps[0].limits, costs=costs,
                     )  # fmt: skip
         except execute.OutOfTime:
             interrupted = True
@@ -211,10 +239,12 @@ def _sweep(
             err.print("interrupted: finished runs stay; the same command goes on", markup=False)
         for record in records:
             store.write_sweep(out, record.model_copy(update={"ended": store.now()}))
+        failed = _print_results(sweeps, out)
+        if mirrors and told.figures and not interrupted:
+            _draw(records, out)
     for problem in filter(None, (m.problem for m in mirrors)):
         err.print(f"warning: {problem}", markup=False, highlight=False, soft_wrap=True)
-    failed = _print_results(sweeps, out)
-    _print_next(out, tracking_uri)
+    _print_next(out, told.uri)
     return 130 if interrupted else 1 if failed else 0
 
 
@@ -259,6 +289,23 @@ def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
     return failed
 
 
+def _draw(records: "list[SweepRecord]", out: Path) -> None:
+    """Draw what MLflow shows of sweeps; what cannot be drawn costs a line and nothing else."""
+    from mad_efla import display
+    from mad_efla.figures import artifacts
+
+    err = display.stderr()
+    for record in records:
+        try:
+            artifacts.of_sweep(out, record)
+        except KeyboardInterrupt:
+            err.print("interrupted: `mad-efla sync --figures` draws the rest", markup=False)
+            return
+        except Exception as error:  # a plug-in's dynamics, a full disk: the results are there
+            text = f"warning: {record.task}, plan {record.plan}: not all is drawn: {error!r}"
+            err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _print_next(out: Path, tracking_uri: str | None) -> None:
     """Say where the results are and what shows them."""
     from mad_efla import display
@@ -298,8 +345,8 @@ def status(runs: Path) -> None:
 
     console = display.stdout()
     for standing in status.standings(runs):
-        left = estimate.seconds_left(standing.runs, runs)
-        for line in display.standing(standing, left):
+        costs = estimate.Costs(standing.runs).read(runs)
+        for line in display.standing(standing, costs):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -317,13 +364,24 @@ def logs(run: str, out: Path) -> None:
 
 
 @cli.command()
-@_options(_out, _tracking)
+@_options(
+    _out,
+    _tracking,
+    _log_model,
+    click.option(
+        "--figures", is_flag=True,
+        help="Draw leaderboards, and the memory of each mixer's best run in each setting.",
+    ),
+)  # fmt: skip
 @_says_errors
-def sync(out: Path, tracking_uri: str | None) -> None:
+def sync(out: Path, tracking_uri: str | None, log_models: bool, figures: bool) -> None:
     """Bring MLflow up to date from the run folders, as after a server was away."""
-    from mad_efla import tracking
+    from mad_efla import store, tracking
 
-    report = tracking.sync(tracking.resolve_uri(tracking_uri), out)
+    uri = tracking.resolve_uri(tracking_uri)
+    if figures:
+        _draw(store.read_sweeps(out), out)
+    report = tracking.sync(uri, out, log_models=log_models)
     if report.problem:
         click.echo(f"error: {report.problem}", err=True)
         sys.exit(1)
@@ -428,12 +486,18 @@ def report(runs: Path, to: Path | None) -> None:
         "--seed", type=click.IntRange(0), default=0, show_default=True,
         help="Draws the noise and the replaced token that gains are measured with.",
     ),
+    click.option(
+        "--log", is_flag=True,
+        help="Draw each RUN on a page of its own, too, as an artifact of the run in MLflow.",
+    ),
+    _tracking,
     _data_dir,
 )  # fmt: skip
 @_says_errors
 def spectrum(
-    runs: tuple[str, ...], out: Path, to: Path, against: str | None, examples: int, seed: int
-) -> None:
+    runs: tuple[str, ...], out: Path, to: Path, against: str | None, examples: int, seed: int,
+    log: bool, tracking_uri: str | None,
+) -> None:  # fmt: skip
     """Show what trained mixers do with their memory: a table, and figures as PNG and SVG.
 
     A RUN is named by the beginning of its name, as in `mad-efla status`. Its weights are looked at
@@ -459,6 +523,23 @@ def spectrum(
     for name, figure in drawn.items():
         for path in figures.save(figure, to / name):
             click.echo(path)
+    if log:
+        _log_figures(list(zip(folders, found.values(), strict=True)), out, tracking_uri)
+
+
+def _log_figures(
+    looked: "list[tuple[RunFolder, Diagnosis]]", out: Path, tracking_uri: str | None
+) -> None:
+    from mad_efla import tracking
+    from mad_efla.figures import artifacts
+
+    uri = tracking.resolve_uri(tracking_uri)
+    for folder, diagnosis in looked:
+        for path in artifacts.of_run(folder, diagnosis):
+            click.echo(path)
+    report = tracking.sync(uri, out, fingerprints=[folder.fingerprint for folder, _ in looked])
+    if report.problem:
+        raise ConfigError(report.problem)
 
 
 @cli.command()
@@ -553,6 +634,82 @@ def bench_step(
     shapes = {(r.setting, r.mixer): r for r in reversed(found.runs)}
     times = bench.steps(list(reversed(shapes.values())), device, rounds)
     display.stdout().print(display.step_times(times))
+
+
+@bench.command("overhead")
+@click.argument("task")
+@_options(
+    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    click.option(
+        "--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: the cores]"
+    ),
+)  # fmt: skip
+@_says_errors
+def bench_overhead(task: str, plan: str, assignments: tuple[str, ...], workers: int | None) -> None:
+    """Sweep TASK under a plan on the CPU, mirrored to MLflow, and print where the time went.
+
+    Nothing of the sweep is kept.
+
+    \b
+    mad-efla bench overhead recall --set seeds=[0]
+    """
+    from mad_efla import bench, display, execute, executors, sweep
+
+    found = sweep.expand(task, plan, assignments, execute.resolve_precision("cpu"))
+    split = bench.overhead(found, "cpu", workers or executors.cores())
+    display.stdout().print(bench.split_table(split))
+
+
+@bench.command("device")
+@click.argument("tasks", nargs=-1, required=True)
+@_options(
+    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="Where to train.",
+    ),
+    click.option(
+        "--seconds", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
+        help="To time each measurement for.",
+    ),
+    click.option(
+        "--at-once", type=click.IntRange(2), multiple=True, default=(2, 4, 8), show_default=True,
+        metavar="N", help="Runs to share the device, and to be stacked. Repeatable.",
+    ),
+    click.option(
+        "--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Append the lines to FILE, too.",
+    ),
+)  # fmt: skip
+@_says_errors
+def bench_device(
+    tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], device: str, seconds: float,
+    at_once: tuple[int, ...], to: Path | None,
+) -> None:  # fmt: skip
+    """Time training steps of a plan on TASKS in every way to make many runs, as JSON lines.
+
+    One run by each form of the step, several processes that share the device, several runs stacked
+    in one program; last, an estimate of the whole plan for each mixer.
+
+    \b
+    mad-efla bench device recall --set mixers=[efla] --at-once 4
+    """
+    import json
+
+    from mad_efla import execute, sweep, throughput
+
+    device = execute.resolve_device(device)
+    precision = execute.resolve_precision(device)
+    runs = [r for task in tasks for r in sweep.expand(task, plan, assignments, precision).runs]
+    for row in throughput.measure(runs, device, seconds, list(at_once)):
+        line = json.dumps(row)
+        click.echo(line)
+        if to is not None:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with to.open("a") as file:
+                file.write(line + "\n")
 
 
 @bench.command("data")
@@ -669,17 +826,31 @@ def check(name: str, assignments: tuple[str, ...], width: int) -> None:
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
     click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
     _data_dir,
+    click.option(
+        "--svg", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Draw them into FILE instead.",
+    ),
 )  # fmt: skip
 @_says_errors
-def show(task: str, examples: int, seed: int, assignments: tuple[str, ...]) -> None:
+def show(
+    task: str, examples: int, seed: int, assignments: tuple[str, ...], svg: Path | None
+) -> None:
     """Print examples of TASK: keys, values, what is scored, and what its solver answers, if any.
 
     \b
     mad-efla show tasks/recall.yaml --set task.seq_len=32
+    mad-efla show recall --set task.seq_len=24 --svg recall.svg
     """
     from mad_efla import catalogue, display
 
+    found = catalogue.examples(task, assignments, seed, examples)
+    if svg:
+        from mad_efla.figures import tasks
+
+        tasks.save(tasks.picture(Path(task).stem, found), svg)
+        click.echo(svg)
+        return
     console = display.stdout()
-    for block in catalogue.examples(task, assignments, seed, examples):
+    for block in found:
         for line in display.example(*block, columns=console.width):
             console.print(line, soft_wrap=True)

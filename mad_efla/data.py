@@ -61,7 +61,7 @@ def make(task: Task, seed: int, sizes: DataConfig | None = None) -> Data:
     sizes = sizes or DataConfig()
     if isinstance(task, RealTask):
         splits = _drawn(task, seed, sizes)
-        return Data(**splits, digest=_digest(splits), world=None)
+        return Data(**splits, digest=digest(splits), world=None)
     world = task.world(stream(seed, "world"))
     taken: set[bytes] = set()
     splits: dict[str, Examples] = {}
@@ -69,7 +69,18 @@ def make(task: Task, seed: int, sizes: DataConfig | None = None) -> Data:
         examples = _draw(task, seed, split, getattr(sizes, f"{split}_examples"), world, taken)
         taken |= {row.tobytes() for row in examples.inputs}
         splits[split] = examples
-    return Data(**splits, digest=_digest(splits), world=world)
+    return Data(**splits, digest=digest(splits), world=world)
+
+
+def digest(splits: dict[str, Examples]) -> str:
+    """Hash every token and target of the splits: equal digests, equal data."""
+    sha = hashlib.sha256()
+    for split in sorted(splits):
+        for column in splits[split]:
+            if column is not None:
+                sha.update(f"{split}{column.dtype}{column.shape}".encode())
+                sha.update(np.ascontiguousarray(column).data)
+    return sha.hexdigest()[:16]
 
 
 def check(task: Task, sizes: DataConfig) -> None:
@@ -211,13 +222,3 @@ def _apart(
         f"task {task.name}: too few distinct sequences to keep train, validation and test apart; "
         "raise seq_len or vocab_size, or ask for fewer examples"
     )
-
-
-def _digest(splits: dict[str, Examples]) -> str:
-    sha = hashlib.sha256()
-    for split in sorted(splits):
-        for column in splits[split]:
-            if column is not None:
-                sha.update(f"{split}{column.dtype}{column.shape}".encode())
-                sha.update(np.ascontiguousarray(column).data)
-    return sha.hexdigest()[:16]

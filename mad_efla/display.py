@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,15 +14,19 @@ from rich.text import Text
 from mad_efla.bench import StepTime
 from mad_efla.causes import Account
 from mad_efla.contract import Finding
+from mad_efla.estimate import Costs
 from mad_efla.execute import Event
-from mad_efla.leaderboard import Leaderboard
 from mad_efla.run import RunConfig
 from mad_efla.scores import Interval, Line
 from mad_efla.status import Standing
 from mad_efla.store import RunFolder
 from mad_efla.sweep import Match
 
+if TYPE_CHECKING:  # a second of scipy that a sweep does without
+    from mad_efla.leaderboard import Leaderboard
+
 PLAIN_WIDTH = 140  # columns, where stdout is no terminal
+_MOST_ROWS = 100  # of runs one by one
 _PLAIN_SECONDS = 15.0  # between lines about running runs, where stderr is no terminal
 
 _ACCOUNTED = (
@@ -36,41 +40,48 @@ _ROLES |= dict.fromkeys(("noise", "blank", "pad", "filler"), "dim")
 
 def stdout() -> Console:
     """Return the console for results."""
-    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True)
+    return Console() if sys.stdout.isatty() else _plain()
 
 
 def stderr() -> Console:
     """Return the console for progress and warnings."""
-    return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=PLAIN_WIDTH)
+    return Console(stderr=True) if sys.stderr.isatty() else _plain(stderr=True)
+
+
+def _plain(*, stderr: bool = False) -> Console:
+    """Write text alone, also where FORCE_COLOR asks for more, as notebooks do of all they call."""
+    return Console(width=PLAIN_WIDTH, stderr=stderr, no_color=True, force_terminal=False)
 
 
 class Follow:
-    """The live display of a sweep: a bar per running run and one for the whole.
+    """The live display of a sweep: a bar for the whole, and below it one per running run.
 
     Use as a context manager and hand `update` to `execute`.
 
     Args:
         runs: All runs of the sweep.
-        done: Those that had a result before.
+        waiting: Those that are to be made.
+        costs: What they cost, as far as is known; told the pace of what runs.
+        workers: How many run at a time.
     """
 
-    def __init__(self, runs: list[RunConfig], done: list[RunConfig]):
+    def __init__(self, runs: list[RunConfig], waiting: list[RunConfig], costs: Costs, workers: int):
         self.console = stderr()
-        self.total_tokens = sum(r.tokens for r in runs)
-        self.done_tokens = sum(r.tokens for r in done)
-        self.count, self.total = len(done), len(runs)
-        self.made_tokens = 0
+        self.costs, self.workers = costs, workers
+        self.waiting = {r.fingerprint for r in waiting}
+        self.total = len(runs)
         self.running: dict[str, tuple[RunConfig, int, dict[str, float]]] = {}
         self.offsets: dict[str, int] = {}
-        self.started = self.said = time.monotonic()
+        self.said = time.monotonic()
         self.whole, self.cells = _bars(), _bars()
-        self.bar = self.whole.add_task("sweep", total=self.total_tokens, note="starting workers")
+        self.tokens = sum(costs.tokens(r.fingerprint) for r in waiting)
+        self.bar = self.whole.add_task("sweep", total=self.tokens, note="starting workers")
         self.bars: dict[str, TaskID] = {}
         self.live: Live | None = None
 
     def __enter__(self) -> "Follow":
         if self.console.is_terminal:
-            self.live = Live(Group(self.cells, self.whole), console=self.console, transient=True)
+            self.live = Live(Group(self.whole, self.cells), console=self.console, transient=True)
             self.live.start()
         return self
 
@@ -91,7 +102,7 @@ class Follow:
             self.said = time.monotonic()
             for run, step, metrics in self.running.values():
                 self._say(f"{name(run)}: step {step}/{run.steps} {_figures(metrics)}")
-            self._say(f"sweep {self.count}/{self.total} runs, {self._left()}")
+            self._say(f"sweep {self._count()}")
 
     def _moved(self, event: Event) -> None:
         key = event.run.fingerprint
@@ -101,6 +112,8 @@ class Follow:
         rows, self.offsets[key] = event.folder.rows(self.offsets.get(key, 0))
         for row in rows:
             step, metrics = row.step, metrics | row.metrics
+        if rows and "train/tokens_per_second" in metrics:
+            self.costs.notice(key, metrics["train/tokens_per_second"])
         self.running[key] = (event.run, step, metrics)
 
     def _ended(self, event: Event) -> None:
@@ -108,8 +121,7 @@ class Follow:
         self.running.pop(key, None)
         if key in self.bars:
             self.cells.remove_task(self.bars.pop(key))
-        self.count += 1
-        self.made_tokens += event.run.tokens
+        self.waiting.discard(key)
         result, failure = event.folder.result(), event.folder.failure()
         if result and result.test:
             text = f"test accuracy {result.test.token_accuracy:.4f}, loss {result.test.loss:.4f}"
@@ -119,23 +131,29 @@ class Follow:
         self._say(f"{name(event.run)}: {event.status}: {text}")
 
     def _draw(self) -> None:
-        for key, (run, step, metrics) in self.running.items():
+        lines = self.console.height - 4  # a longer display would be cut at its end
+        for key, (run, step, metrics) in list(self.running.items())[:lines]:
             if key not in self.bars:
                 self.bars[key] = self.cells.add_task(f"  {name(run)}", total=run.steps, note="")
             note = f"{step}/{run.steps} {_figures(metrics)}"
             self.cells.update(self.bars[key], completed=step, note=note)
-        note = f"{self.count}/{self.total} runs, {self._left()}"
-        done = self.done_tokens + self.made_tokens + self._under_way()
-        self.whole.update(self.bar, completed=done, note=note)
+        hidden = len(self.running) - lines
+        note = self._count() + (f" ({hidden} of the running not shown)" if hidden > 0 else "")
+        self.whole.update(self.bar, completed=self._done(), note=note)
 
-    def _under_way(self) -> float:
-        return sum(run.tokens * step / run.steps for run, step, _ in self.running.values())
+    def _done(self) -> float:
+        """Tokens that this call has made."""
+        shares = self._shares()
+        left = sum(self.costs.tokens(f) * (1 - shares.get(f, 0.0)) for f in self.waiting)
+        return self.tokens - left
 
-    def _left(self) -> str:
-        made = self.made_tokens + self._under_way()
-        elapsed = time.monotonic() - self.started
-        left = self.total_tokens - self.done_tokens - made
-        return f"{duration(left * elapsed / made)} left" if made else "time left not known yet"
+    def _shares(self) -> dict[str, float]:
+        return {key: step / run.steps for key, (run, step, _) in self.running.items()}
+
+    def _count(self) -> str:
+        left = self.costs.left(self.waiting - self.running.keys(), self._shares(), self.workers)
+        when = "time left not known yet" if left is None else f"{duration(left)} left"
+        return f"{self.total - len(self.waiting)}/{self.total} runs, {when}"
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -237,17 +255,30 @@ def _point(line: Line) -> str:
 
 
 def runs(found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict) -> Table:
-    """Draw the runs that a sweep would make, with what differs between them."""
+    """Draw the runs that a sweep would make, with what differs between them.
+
+    A long sweep has a row per setting and mixer, with all the values of its runs in a cell.
+    """
+    rows: dict[Any, list[int]] = {}
+    mixers = columns.get("mixer", [""] * len(found))
+    for index, run in enumerate(found):
+        row = index if len(found) <= _MOST_ROWS else (run.setting, mixers[index])
+        rows.setdefault(row, []).append(index)
     table = Table(title_justify="left")
-    table.add_column("run")
+    table.add_column("run" if len(found) <= _MOST_ROWS else "runs", justify="right")
     for heading in columns:
         table.add_column(heading.split(".")[-1], justify="right")
     for heading in ("steps", "parameters", "state"):
         table.add_column(heading, justify="right")
-    for index, run in enumerate(found):
-        values = [str(column[index]) for column in columns.values()]
+    for indices in rows.values():
+        cells = [
+            ", ".join(str(v) for v in dict.fromkeys(column[i] for i in indices))
+            for column in columns.values()
+        ]
+        run = found[indices[0]]
         parameters, state = sizes[run.fingerprint]
-        table.add_row(run.fingerprint, *values, str(run.steps), f"{parameters:,}", f"{state:,}")
+        first = run.fingerprint if len(found) <= _MOST_ROWS else str(len(indices))
+        table.add_row(first, *cells, str(run.steps), f"{parameters:,}", f"{state:,}")
     return table
 
 
@@ -261,7 +292,7 @@ def matches(found: list[Match]) -> list[str]:
     return lines
 
 
-def leaderboard(board: Leaderboard) -> list[Table]:
+def leaderboard(board: "Leaderboard") -> list[Table]:
     """Draw the scores of one protocol: per task, over all tasks, and mixer against mixer."""
     tasks = Table(title=f"protocol {board.protocol}: tasks", title_justify="left")
     for heading in ("task", "mixer"):
@@ -291,7 +322,7 @@ def leaderboard(board: Leaderboard) -> list[Table]:
     return [tasks, mixers, _differences(board)] if board.differences else [tasks, mixers]
 
 
-def _differences(board: Leaderboard) -> Table:
+def _differences(board: "Leaderboard") -> Table:
     table = Table(title="same tasks, settings and seeds, paired", title_justify="left")
     table.add_column("first minus second", no_wrap=True)
     for heading in ("points", "95 % interval", "pairs", "Wilcoxon p", "corrected p"):
@@ -428,18 +459,18 @@ def failure(run: RunConfig, folder: RunFolder) -> str:
     return f"failed: {name(run)}: {reason}\n  {cure}"
 
 
-def standing(found: Standing, seconds_left: float | None) -> list[str]:
-    """Say how a sweep stands."""
+def standing(found: Standing, costs: Costs) -> list[str]:
+    """Say how a sweep stands, and for how much longer by the costs of its runs."""
     record, total = found.record, len(found.record.fingerprints)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(found.counts.items()))
     lines = [f"{record.task}, plan {record.plan}: {total} runs: {counts}"]
     if found.counts.get("finished", 0) + found.counts.get("diverged", 0) < total:
         workers = len(found.running)
-        left = "not known yet" if seconds_left is None else duration(seconds_left)
-        if workers and seconds_left is not None:
-            left = f"{duration(seconds_left / workers)} on the {workers} that run"
-        elif seconds_left is not None:
-            left += " of one worker, and none runs"
+        under_way = {r.fingerprint: row.step / r.steps if row else 0.0 for r, row in found.running}
+        seconds = costs.left([r.fingerprint for r in found.waiting], under_way, workers)
+        left = "not known yet" if seconds is None else duration(seconds)
+        if seconds is not None:
+            left += f" on the {workers} that run" if workers else " of one worker, and none runs"
         lines.append(f"  time left: {left}")
     for run, row in found.running:
         step = f"step {row.step}/{run.steps} {_figures(row.metrics)}" if row else "starting"

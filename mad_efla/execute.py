@@ -1,7 +1,8 @@
 """Where runs run: local worker processes, or this process.
 
-A worker takes one run at a time, holds a claim on it, and writes everything into its folder; the
-driver follows by reading the folders. So a worker that is killed costs one attempt of one run.
+A worker takes one run at a time, the longest that is left, holds a claim on it, and writes
+everything into its folder; the driver follows by reading the folders. So a worker that is killed
+costs one attempt of one run, and all workers end together.
 """
 
 import contextlib
@@ -16,23 +17,28 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pebble import ProcessFuture, ProcessPool
 
+from mad_efla import shared
 from mad_efla.config import ConfigError
+from mad_efla.estimate import Costs
 from mad_efla.lease import Fenced
-from mad_efla.run import RunConfig
+from mad_efla.run import Limits, RunConfig
 from mad_efla.store import RunFolder, Status
 from mad_efla.train import Interrupted, train
 
+NO_LIMITS = Limits()
 ATTEMPTS = 2  # of a run whose worker was killed under it
 _POLL_SECONDS = 0.2
+_STOP_SECONDS = 30.0  # for a worker to finish its step and write a checkpoint
+_GRACE_SECONDS = 10.0  # for a run to notice by itself that its time is over
 
 # glibc: keep freed memory instead of handing it back; a training step is 5 to 10 % faster.
-_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 
 
 class Event(NamedTuple):
@@ -59,6 +65,8 @@ def execute(
     workers: int,
     watch: Watch = lambda events: None,
     deadline: float = math.inf,
+    limits: Limits = NO_LIMITS,
+    costs: Costs | None = None,
 ) -> None:
     """Make every run that has no result yet; results and failures are in the folders.
 
@@ -69,20 +77,26 @@ def execute(
         workers: Worker processes; 0 runs everything in this process.
         watch: Told what happens.
         deadline: When to stop, by `time.monotonic`.
+        limits: How long and how large each run may grow before it is ended as failed.
+        costs: What is known of the runs' costs, and learns from them.
 
     Raises:
         KeyboardInterrupt: Asked to stop; what was running is marked interrupted.
         OutOfTime: The deadline passed; likewise.
+        OSError: Nothing can be written any more.
     """
-    longest_first = sorted(runs, key=lambda r: -r.tokens)
-    for run in longest_first:
+    for run in runs:
         RunFolder(out, run.fingerprint).create(run)
+    work = Work(runs, out, costs or Costs(runs))
     about = environment(device)
-    if workers == 0:
-        _in_this_process(longest_first, out, device, about, watch, deadline)
-        return
-    with _terminate_as_interrupt():
-        _in_workers(longest_first, out, device, workers, about, watch, deadline)
+    try:
+        if workers == 0:
+            _in_this_process(work, device, about, watch, deadline, limits)
+        else:
+            with terminate_as_interrupt():
+                _Pool(work, min(workers, len(runs)), device, about, limits).run(watch, deadline)
+    finally:
+        mark_interrupted(runs, out)
 
 
 def resolve_device(wish: str) -> str:
@@ -121,119 +135,272 @@ def environment(device: str) -> dict[str, str]:
     return found | versions | {"torch": torch.__version__}  # which names the build, too
 
 
-# ------------------------------------------------------------------ workers
+# ------------------------------------------------------------------ the pool
 
 
-def _in_workers(
-    runs: list[RunConfig],
-    out: Path,
-    device: str,
-    workers: int,
-    about: dict[str, str],
-    watch: Watch,
-    deadline: float,
-) -> None:
-    os.environ.update(_ALLOCATOR | os.environ)
-    pool = ProcessPool(
-        max_workers=min(workers, len(runs)) or 1,
-        context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-    )
-    attempts: dict[str, int] = {}
-    futures: dict[str, ProcessFuture] = {}
+class Work:
+    """The runs that are to be made: which is next, and what each one's end teaches.
 
-    def submit(run: RunConfig) -> None:
-        attempts[run.fingerprint] = attempts.get(run.fingerprint, 0) + 1
-        futures[run.fingerprint] = pool.schedule(
-            _work, args=[run.fingerprint, str(out), device, about]
-        )
+    Args:
+        runs: They.
+        out: The folder of run folders.
+        costs: What is known of their costs.
+    """
 
-    waiting = {r.fingerprint: r for r in runs}
-    try:
-        for run in runs:
-            submit(run)
-        while waiting:
-            time.sleep(_POLL_SECONDS)
-            ended = [r for f, r in waiting.items() if futures[f].done()]
-            for run in ended:
-                if _ended(run, futures[run.fingerprint], out, attempts[run.fingerprint]):
-                    del waiting[run.fingerprint]
-                else:
-                    submit(run)
-            watch(_events(ended, waiting, futures, out))
-            if waiting and time.monotonic() > deadline:
-                raise OutOfTime
-        pool.close()
-    except BaseException:
-        pool.stop()
-        raise
-    finally:
-        pool.join()
-        _mark_interrupted(runs, out)
+    def __init__(self, runs: list[RunConfig], out: Path, costs: Costs):
+        self.out, self.costs = out, costs
+        self.waiting = {r.fingerprint: r for r in runs}
+        self._needs = shared.Needs(out / shared.FOLDER, runs)
+
+    def next(self) -> RunConfig:
+        """Take the longest that is left."""
+        return self.waiting.pop(self.costs.longest(self.waiting))
+
+    def __iter__(self) -> Iterator[RunConfig]:
+        """Take one after the other."""
+        while self.waiting:
+            yield self.next()
+
+    def ended(self, run: RunConfig) -> Event:
+        """Take note that a run needs nothing more."""
+        folder = RunFolder(self.out, run.fingerprint)
+        result = folder.result()
+        if result:
+            self.costs.learn(run.fingerprint, result)
+        self._needs.drop(run)
+        return Event(run, folder.status(), folder)
 
 
-def _ended(run: RunConfig, future: ProcessFuture, out: Path, attempt: int) -> bool:
-    """Record how a run's worker ended; False if the run deserves another attempt."""
-    error = future.exception()
-    if error is None:
-        return True
-    if attempt < ATTEMPTS:
+class _Worker:
+    """A worker process, seen from the driver.
+
+    Attributes:
+        process: It.
+        pipe: Fingerprints go out; `began` and `ended` come back, or what a full disk says.
+        run: What it makes; None while it is idle.
+        meter: How long and how large its run has grown, from when it began.
+        doomed: Why it was killed by us.
+    """
+
+    def __init__(self, arguments: tuple[object, ...]):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
+        self.run: RunConfig | None = None
+        self.meter: _Meter | None = None
+        self.doomed = ""
+        # Ctrl-C is the driver's business, from the worker's first moment on.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+
+    def hand(self, run: RunConfig) -> None:
+        """Give it a run; if it is dead by now, its end will be seen."""
+        self.run, self.meter = run, None
+        with contextlib.suppress(OSError):
+            self.pipe.send(run.fingerprint)
+
+    def heard(self) -> list[Any]:
+        """Return what it has said."""
+        said = []
+        with contextlib.suppress(EOFError, OSError):
+            while self.pipe.poll():
+                said.append(self.pipe.recv())
+        return said
+
+
+class _Pool:
+    """Worker processes that make the runs of a call."""
+
+    def __init__(
+        self, work: Work, workers: int, device: str, about: dict[str, str], limits: Limits
+    ):
+        os.environ.update(ALLOCATOR | os.environ)
+        self._work, self._limits = work, limits
+        self._arguments = (str(work.out), device, about, limits)
+        self._workers = [_Worker(self._arguments) for _ in range(workers)]
+        self._attempts: dict[str, int] = {}
+
+    def run(self, watch: Watch, deadline: float) -> None:
+        """Make all runs; whatever ends this early, the workers are gone afterwards."""
+        try:
+            self._hand_out()
+            while self._running():
+                pipes = [w.pipe for w in self._workers]
+                wait([*pipes, *(w.process.sentinel for w in self._workers)], _POLL_SECONDS)
+                ended = [event for w in list(self._workers) for event in self._look(w)]
+                self._hand_out()
+                running = self._running()
+                watch(ended + running)
+                if running and time.monotonic() > deadline:
+                    raise OutOfTime
+        finally:
+            self._stop()
+
+    def _hand_out(self) -> None:
+        """Give idle workers what is left."""
+        for worker in self._workers:
+            if worker.run is None and self._work.waiting:
+                run = self._work.next()
+                self._attempts[run.fingerprint] = self._attempts.get(run.fingerprint, 0) + 1
+                worker.hand(run)
+
+    def _running(self) -> list[Event]:
+        runs = [w.run for w in self._workers if w.run]
+        return [Event(r, "running", RunFolder(self._work.out, r.fingerprint)) for r in runs]
+
+    def _look(self, worker: _Worker) -> list[Event]:
+        """Take in what a worker has said, whether it lives, and whether its run went too far."""
+        dead = not worker.process.is_alive()  # asked first: what it said before is still heard
+        run, ended = worker.run, False
+        for word in worker.heard():
+            if word == "began":
+                worker.meter = _Meter(self._limits, worker.process.pid)
+            elif word == "ended":
+                worker.run, worker.meter, ended = None, None, True
+            else:
+                raise word
+        if dead:
+            self._workers[self._workers.index(worker)] = _Worker(self._arguments)
+            if worker.run:
+                ended = self._died(worker, worker.run)
+        elif worker.meter and not worker.doomed and (reason := worker.meter.passed(_GRACE_SECONDS)):
+            worker.doomed = reason
+            worker.process.kill()
+        return [self._work.ended(run)] if run and ended else []
+
+    def _died(self, worker: _Worker, run: RunConfig) -> bool:
+        """Record why a run lost its worker; False if the run deserves another attempt."""
+        folder = RunFolder(self._work.out, run.fingerprint)
+        reason, attempt = worker.doomed, self._attempts[run.fingerprint]
+        if not reason and attempt >= ATTEMPTS and folder.result() is None:
+            reason = f"its worker died {attempt} times, {_how_it_ended(worker.process.exitcode)}"
+        with folder.lock() as free:  # unless another sweep has taken it up since
+            if reason and free:
+                folder.fail("failed", reason, "", transient=not worker.doomed)
+                return True
+        self._work.waiting[run.fingerprint] = run
         return False
-    RunFolder(out, run.fingerprint).fail(
-        "failed",
-        f"its worker died {attempt} times: {error}",
-        getattr(error, "traceback", ""),
-        transient=True,
-    )
-    return True
+
+    def _stop(self) -> None:
+        """End the workers: idle ones at once, others after their step; asked twice, at once."""
+        for worker in self._workers:
+            with contextlib.suppress(OSError):
+                worker.process.terminate()
+            worker.pipe.close()
+        patience = time.monotonic() + _STOP_SECONDS
+        try:
+            for worker in self._workers:
+                worker.process.join(max(patience - time.monotonic(), 0))
+        finally:
+            for worker in self._workers:
+                worker.process.kill()
+                worker.process.join()
+                worker.process.close()
 
 
-def _events(
-    ended: list[RunConfig],
-    waiting: dict[str, RunConfig],
-    futures: dict[str, ProcessFuture],
-    out: Path,
-) -> list[Event]:
-    events = []
-    for run in ended:
-        if run.fingerprint not in waiting:
-            folder = RunFolder(out, run.fingerprint)
-            events.append(Event(run, folder.status(), folder))
-    for fingerprint, run in waiting.items():
-        if futures[fingerprint].running():
-            events.append(Event(run, "running", RunFolder(out, fingerprint)))
-    return events
+def _how_it_ended(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"the last time with exit status {exitcode}"
+    cause = "; out of memory?" if exitcode == -signal.SIGKILL else ""
+    return f"the last time by signal {-exitcode} ({signal.strsignal(-exitcode)}{cause})"
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
-    torch.set_num_threads(1)
+# ------------------------------------------------------------------ a worker
 
 
-def _work(fingerprint: str, out: str, device: str, about: dict[str, str]) -> None:
-    """Make one run in a worker; whatever goes wrong is in its folder."""
+def _serve(pipe: Connection, out: str, device: str, about: dict[str, str], limits: Limits) -> None:
+    """Make runs until the driver has no more, says stop, or is dead."""
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     driver = parent.pid if parent else None  # not getppid: the driver may be dead by now
-    folder = RunFolder(Path(out), fingerprint)
-    with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
-        _attempt(folder, device, about, lambda: bool(asked) or os.getppid() != driver)
-    if asked or os.getppid() != driver:
-        os._exit(0)  # the pool is gone
+
+    def stop() -> bool:
+        return bool(asked) or os.getppid() != driver
+
+    with contextlib.suppress(EOFError, OSError):  # the pipe is closed
+        while not stop():
+            folder = RunFolder(Path(out), pipe.recv())
+            try:
+                with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
+                    attempt(folder, device, about, stop, limits, lambda: pipe.send("began"))
+            except OSError as error:  # not even the failure could be written
+                pipe.send(error)
+            pipe.send("ended")
+    os._exit(0)  # the interpreter would take a while to say goodbye
 
 
-def _attempt(
-    folder: RunFolder, device: str, about: dict[str, str], stop: Callable[[], bool]
+class _Meter:
+    """How long a run takes and how large its process grows, against its limits.
+
+    Args:
+        limits: Of the run.
+        process: Its process.
+    """
+
+    def __init__(self, limits: Limits, process: int | None):
+        self._limits, self._process = limits, process
+        self._since = time.monotonic()
+
+    def passed(self, grace: float = 0.0) -> str:
+        """Say which limit has been passed; empty for none.
+
+        Args:
+            grace: Seconds to be added to the limit of time.
+        """
+        minutes, memory = self._limits.minutes, self._limits.memory_gib
+        if minutes is not None and time.monotonic() - self._since > 60 * minutes + grace:
+            return f"time limit of {minutes:g} min reached"
+        if memory is not None and _resident(self._process) > memory * 2**30:
+            return f"memory limit of {memory:g} GiB reached"
+        return ""
+
+
+def _resident(process: int | None) -> int:
+    """Return the resident bytes of a process; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        pages = Path(f"/proc/{process or 'self'}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def attempt(
+    folder: RunFolder,
+    device: str,
+    about: dict[str, str],
+    stop: Callable[[], bool],
+    limits: Limits = NO_LIMITS,
+    began: Callable[[], None] = lambda: None,
 ) -> None:
+    """Make one run in this process; whatever goes wrong is in its folder.
+
+    Args:
+        folder: Of the run, with its configuration.
+        device: `cpu` or `cuda`.
+        about: Of the surroundings, for the result.
+        stop: Asked after every step; when true, a checkpoint is written and the run interrupted.
+        limits: How long and how large it may grow.
+        began: Called once the run is ours.
+    """
     with contextlib.suppress(Fenced), _hold(folder, stop) as held:  # a run taken over is not ours
         if not held or folder.result() is not None:  # another sweep may just have made it
             return
+        began()
+        meter = _Meter(limits, None)
         try:
             folder.begin()
-            train(folder.run(), folder, device=device, environment=about, stop=stop)
+            train(
+                folder.run(), folder, device=device, environment=about,
+                stop=lambda: bool(meter.passed()) or stop(),
+            )  # fmt: skip
         except Interrupted as error:
-            folder.fail("interrupted", str(error), "")
+            reason = meter.passed()
+            folder.fail("failed" if reason else "interrupted", reason or str(error), "")
         except Fenced:
             raise
         except Exception as error:
@@ -257,29 +424,29 @@ def _hold(folder: RunFolder, stop: Callable[[], bool]) -> Iterator[bool]:
 
 
 def _in_this_process(
-    runs: list[RunConfig],
-    out: Path,
+    work: Work,
     device: str,
     about: dict[str, str],
     watch: Watch,
     deadline: float,
+    limits: Limits,
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for run in runs:
-            folder = RunFolder(out, run.fingerprint)
+        while work.waiting:
+            run = work.next()
+            folder = RunFolder(work.out, run.fingerprint)
             watch([Event(run, "running", folder)])
-            _attempt(folder, device, about, lambda: time.monotonic() > deadline)
-            watch([Event(run, folder.status(), folder)])
+            attempt(folder, device, about, lambda: time.monotonic() > deadline, limits)
+            watch([work.ended(run)])
             if folder.result() is None and time.monotonic() > deadline:
                 raise OutOfTime
     finally:
         torch.set_num_threads(threads)
-        _mark_interrupted(runs, out)
 
 
-def _mark_interrupted(runs: list[RunConfig], out: Path) -> None:
+def mark_interrupted(runs: list[RunConfig], out: Path) -> None:
     """Mark what was begun and neither ended nor said why."""
     for run in runs:
         folder = RunFolder(out, run.fingerprint)
@@ -288,7 +455,7 @@ def _mark_interrupted(runs: list[RunConfig], out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C, so that both end the same clean way."""
 
     def interrupt(number: int, frame: object) -> None:

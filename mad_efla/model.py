@@ -162,12 +162,20 @@ class Backbone(nn.Module):
         return [layer for layer in self.stack.layers if isinstance(layer, Mixer)]
 
     def forward(
-        self, inputs: Num[Tensor, "B L"], scored: Bool[Tensor, "B L"] | None = None
+        self,
+        inputs: Num[Tensor, "B L"],
+        scored: Bool[Tensor, "B L"] | Int[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "... V"]:
-        """Return logits at every position, or as `[n, V]` at the scored ones only."""
+        """Return logits at every position, or as `[n, V]` at the scored ones only.
+
+        Args:
+            inputs: Token ids, or real numbers.
+            scored: A mask, or K positions of each row by number, which no device is waited for.
+        """
         x = self.positions(self.stack(inputs))
         if scored is not None:
-            x = x[scored]
+            masked = scored.dtype == torch.bool
+            x = x[scored] if masked else torch.take_along_dim(x, scored[..., None], 1).flatten(0, 1)
         return self.head(self.norm(self.decode(x)))
 
     def positions(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:

@@ -165,6 +165,18 @@ class TrainConfig(Section):
         return self
 
 
+class Limits(Section):
+    """How long and how large a run may grow; no part of a run, because no number depends on it.
+
+    Attributes:
+        minutes: Wall time of an attempt.
+        memory_gib: Resident memory of the process that makes it, libraries included.
+    """
+
+    minutes: float | None = Field(default=None, gt=0)
+    memory_gib: float | None = Field(default=None, gt=0)
+
+
 class RunConfig(Section):
     """One training run, complete."""
 

@@ -113,6 +113,29 @@ def choose(
     return best and best[1:]
 
 
+def best_runs(
+    runs: Iterable[RunConfig], results: dict[str, Result]
+) -> dict[tuple[str, str], RunConfig]:
+    """Name for each setting and mixer one run: at the chosen grid point the best on validation.
+
+    Only finished runs count, and of a sweep of one task.
+    """
+    grids: dict[tuple[str, str], dict[str, list[RunConfig]]] = {}
+    for run in runs:
+        points = grids.setdefault((run.setting, run.mixer), {})
+        points.setdefault(point_key(run), []).append(run)
+    best = {}
+    for cell, points in grids.items():
+        chosen = choose(points, results)
+        if chosen is None:
+            continue
+        key, by_seed = chosen
+        whole = [r for r in points[key] if r.seed in by_seed and by_seed[r.seed].validation]
+        if whole:
+            best[cell] = max(whole, key=lambda r: validation([by_seed[r.seed]]))
+    return best
+
+
 def validation(found: list[Result]) -> float:
     """Return the mean validation accuracy by which a grid point is chosen; divergence is zero."""
     return math.fsum(r.validation.token_accuracy if r.validation else 0.0 for r in found) / len(

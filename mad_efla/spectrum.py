@@ -5,7 +5,7 @@ Every function but `diagnose` is pure and reads the `Dynamics` of one layer on o
     S_t = A_t S_{t-1} + k_t v_t^T,    A_t = diag(exp(log_decay_t)) + a_t b_t^T,    o_t = S_t^T q_t
 
 whatever mixer it comes from. `diagnose` runs a model, hands each layer to them, and reduces the
-lot to named scalars.
+lot to named scalars; `glance` takes the few that are cheap enough to log while a model trains.
 
 Memory, in float64 numbers per layer: a few times B L H N, and B H N (N + P). Transitions are
 applied to matrices one token after the other and never stacked along L. Attention takes blocks
@@ -16,6 +16,7 @@ Legend: N rows of a head's state (key width), P columns (value width), T sampled
 token where a product starts.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -147,13 +148,16 @@ class Horizon(NamedTuple):
     slowest: Float[Tensor, "starts B H"]
 
 
-def products(dynamics: Dynamics, lags: Sequence[int] | None = None) -> Products:
+def products(
+    dynamics: Dynamics, lags: Sequence[int] | None = None, *, starts: int = _STARTS
+) -> Products:
     """Compute what is left of a state after some lags: singular values of products of transitions.
 
     Args:
         dynamics: Of one layer.
         lags: Tokens multiplied together, rising; None takes 24 up to half the sequence, evenly
-            spaced in their logarithm. Each is followed from up to 4 starts, spread evenly.
+            spaced in their logarithm.
+        starts: Tokens from which the lags are followed, at most, spread evenly.
 
     Raises:
         ValueError: If the lags do not rise from 1 or more to L at most.
@@ -164,8 +168,8 @@ def products(dynamics: Dynamics, lags: Sequence[int] | None = None) -> Products:
     if not lags or lags[0] < 1 or lags[-1] > L or list(lags) != sorted(set(lags)):
         raise ValueError(f"lags={list(lags)} must rise within [1, {L}], the sequence's length")
     follow = _diagonal_product if dynamics.a is None else _product
-    starts = _whole(np.linspace(0, L - lags[-1], _STARTS))
-    found = [torch.stack(list(follow(dynamics, s, lags))) for s in starts]
+    first = _whole(np.linspace(0, L - lags[-1], starts))
+    found = [torch.stack(list(follow(dynamics, s, lags))) for s in first]
     return Products(torch.tensor(lags), torch.stack(found))
 
 
@@ -476,8 +480,9 @@ class LayerDiagnosis:
     def scalars(self) -> dict[str, float]:
         """Reduce to numbers: means over batch, tokens and heads unless the name says otherwise.
 
-        Those of the state are of the last token. Horizons are medians over heads and starts, cut
-        to the longest lag followed; `_beyond` is the share that lies beyond it.
+        Those of the state are of the last token. `horizon` is that of the median singular value,
+        `horizon_mean` and `horizon_slowest` of the others; `_p50` is the median over heads and
+        starts, cut to the longest lag followed, and `_beyond` the share that lies beyond it.
         """
         found = {
             "finite": torch.tensor(float(self.finite)),
@@ -487,25 +492,20 @@ class LayerDiagnosis:
         if self.tokens is not None:
             found |= _token_scalars(self.tokens)
         if self.products is not None:
-            longest = float(self.products.lags[-1])
-            for name, lags in horizon(self.products)._asdict().items():
-                found[f"horizon_{name}_p50"] = lags.clamp_max(longest).median()
-                found[f"horizon_{name}_beyond"] = lags.isinf().double()
+            found |= _horizon_scalars(self.products)
         if self.lyapunov is not None:
             found["lyapunov_max"] = self.lyapunov.max()
             found["lyapunov_p50"] = self.lyapunov.median()
         if self.state is not None:
-            found["state_effective_rank"] = self.state.effective_rank[-1]
+            found |= _rank_scalars(self.state)
             found["state_stable_rank"] = self.state.stable_rank[-1]
-            found["state_capacity_used"] = self.state.capacity_used[-1]
             found["state_log_norm_max"] = self.state.log_singular_values[-1].max()
         if self.keys is not None:
             found["keys_condition_p50"] = self.keys.condition.median()
             found["keys_square_cosine"] = self.keys.square_cosine
             found["keys_effective_rank"] = self.keys.effective_rank
         if self.reach is not None:
-            found["reach_entropy"] = self.reach.entropy
-            found["reach_distance"] = self.reach.distance
+            found |= _reach_scalars(self.reach)
         return {name: value.mean().item() for name, value in found.items()}
 
 
@@ -529,6 +529,11 @@ class Diagnosis:
         for i, layer in enumerate(layers):
             found |= {f"layer{i}/{name}": value for name, value in layer.items()}
         return {f"spectrum/{name}": value for name, value in found.items()}
+
+
+def finite(scalars: dict[str, float]) -> dict[str, float]:
+    """Leave out what is infinite or no number, as an exponent of a memory that is wiped out."""
+    return {name: value for name, value in scalars.items() if math.isfinite(value)}
 
 
 @torch.no_grad()
@@ -653,10 +658,7 @@ def _finite(memory: Dynamics | AttentionTrace) -> bool:
 
 
 def _token_scalars(tokens: PerToken) -> dict[str, Tensor]:
-    found = {
-        "eigenvalue_mean": tokens.eigenvalue,
-        "eigenvalue_min": tokens.eigenvalue.min(),
-        "eigenvalue_max": tokens.eigenvalue.max(),
+    found = _eigenvalue_scalars(tokens) | {
         "erase_mean": tokens.erase,
         "wiped": (tokens.erase > 1 - math.exp(-SATURATED)).double(),
     }
@@ -664,10 +666,99 @@ def _token_scalars(tokens: PerToken) -> dict[str, Tensor]:
         found |= {"lambda_mean": tokens.key_square, "beta_mean": tokens.beta}
     if (x := tokens.x) is not None:
         found |= {"x_mean": x, "x_p50": x.median(), "x_max": x.max()}
-        found["saturated"] = (x > SATURATED).double()
-        found["beyond_euler"] = (x > EULER_LIMIT).double()
         found |= {f"error_{step}": step_error(x, step) for step in ("euler", "rk2", "rk4")}
     return found
+
+
+def _eigenvalue_scalars(tokens: PerToken) -> dict[str, Tensor]:
+    found = {
+        "eigenvalue_mean": tokens.eigenvalue,
+        "eigenvalue_min": tokens.eigenvalue.min(),
+        "eigenvalue_max": tokens.eigenvalue.max(),
+    }
+    if tokens.x is not None:
+        found["saturated"] = (tokens.x > SATURATED).double()
+        found["beyond_euler"] = (tokens.x > EULER_LIMIT).double()
+    return found
+
+
+def _horizon_scalars(products: Products) -> dict[str, Tensor]:
+    found, longest = {}, float(products.lags[-1])
+    for name, lags in horizon(products)._asdict().items():
+        name = "horizon" if name == "median" else f"horizon_{name}"
+        found[f"{name}_p50"] = lags.clamp_max(longest).median()
+        found[f"{name}_beyond"] = lags.isinf().double()
+    return found
+
+
+def _rank_scalars(state: StateSpectrum) -> dict[str, Tensor]:
+    return {
+        "state_effective_rank": state.effective_rank[-1],
+        "state_capacity_used": state.capacity_used[-1],
+    }
+
+
+def _reach_scalars(looked: Reach) -> dict[str, Tensor]:
+    return {"reach_entropy": looked.entropy, "reach_distance": looked.distance}
+
+
+# ------------------------------------------------------------------ while training
+
+
+@torch.no_grad()
+def glance(model: Backbone, inputs: Tensor) -> dict[str, float]:
+    """Take the scalars of `diagnose` that cost little: decay, horizon, rank, attention's reach.
+
+    Names and definitions are those of `Diagnosis.scalars`, means over layers; horizons are followed
+    over powers of two from two starts only, and interpolated between them. What is not finite is
+    left out, and so is a layer that hands out no dynamics. Nothing of the model is changed, no
+    random number is drawn, and on a GPU only the forward pass runs there.
+
+    Args:
+        model: A language model or an autoencoder.
+        inputs: What it takes; two sequences are enough. Autocast holds for the forward pass alone.
+    """
+    device = inputs.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        layers = [
+            _glance_layer(mixer, x.float())
+            for mixer, x in zip(model.mixers, _mixer_inputs(model, inputs), strict=True)
+        ]
+    means = [{name: value.mean().item() for name, value in layer.items()} for layer in layers]
+    names = {name: None for layer in means for name in layer}
+    found = {n: _mean([layer[n] for layer in means if n in layer]) for n in names}
+    return finite({f"spectrum/{name}": value for name, value in found.items()})
+
+
+def _mixer_inputs(model: Backbone, inputs: Tensor) -> list[Tensor]:
+    """Run a model; return what went into each mixer."""
+    seen: list[Tensor] = []
+    hooks = [m.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for m in model.mixers]
+    try:
+        model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _glance_layer(mixer: Mixer, x: Float[Tensor, "B L D"]) -> dict[str, Tensor]:
+    if x.device.type != "cpu":  # token loops are quicker there, and no kernel is compiled for them
+        mixer, x = copy.deepcopy(mixer).cpu(), x.cpu()
+    with torch.autocast(x.device.type, enabled=False):
+        memory = mixer.dynamics(x)
+    if memory is None or not _finite(memory):
+        return {}
+    L = x.shape[1]
+    if isinstance(memory, AttentionTrace):
+        return _reach_scalars(reach(memory, _sampled(L)))
+    lags = [2**i for i in range(max(1, L // 2).bit_length())]
+    horizons = _horizon_scalars(products(memory, lags, starts=2))
+    return {
+        **_eigenvalue_scalars(per_token(memory)),
+        **{name: horizons[name] for name in ("horizon_p50", "horizon_beyond")},
+        **_rank_scalars(state_spectrum(memory, [L - 1])),
+    }
 
 
 # ------------------------------------------------------------------ helpers

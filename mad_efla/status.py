@@ -15,6 +15,7 @@ class Standing(NamedTuple):
         record: Which sweep.
         runs: Its runs; those whose folder is gone are left out.
         counts: Runs by status.
+        waiting: Runs that wait for their turn, or for a call that goes on with them.
         running: Runs that some process holds, with the last step they logged.
         failed: Runs that failed, with the reason.
     """
@@ -22,6 +23,7 @@ class Standing(NamedTuple):
     record: SweepRecord
     runs: list[RunConfig]
     counts: dict[Status, int]
+    waiting: list[RunConfig]
     running: list[tuple[RunConfig, Row | None]]
     failed: list[tuple[RunConfig, Failure]]
 
@@ -54,7 +56,7 @@ def find(out: Path, name: str) -> RunFolder:
 
 def _standing(record: SweepRecord, out: Path) -> Standing:
     counts: dict[Status, int] = {}
-    runs, running, failed = [], [], []
+    runs, waiting, running, failed = [], [], [], []
     for fingerprint in record.fingerprints:
         folder = RunFolder(out, fingerprint)
         status = folder.status()
@@ -69,4 +71,6 @@ def _standing(record: SweepRecord, out: Path) -> Standing:
             running.append((run, rows[-1] if rows else None))
         elif status == "failed" and failure:
             failed.append((run, failure))
-    return Standing(record, runs, counts, running, failed)
+        elif status in ("waiting", "interrupted"):
+            waiting.append(run)
+    return Standing(record, runs, counts, waiting, running, failed)

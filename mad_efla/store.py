@@ -8,7 +8,9 @@
       result.json      written last: a run with a result is done
       failure.json     why the last attempt ended without one
       claim.N          who makes or made it, the highest number last
+      figures/         what was drawn of it
     runs/sweeps/<id>.json    which runs a sweep is made of
+    runs/sweeps/<id>/        what was drawn of it
 
 Whole files are replaced atomically. What turns out broken is set aside under a name of its own and
 reported, never deleted. One process at a time holds a run, by a claim (`lease.py`): whoever lost
@@ -20,13 +22,14 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from mad_efla import lease
 from mad_efla.config import ConfigError, Document, Section
@@ -75,6 +78,7 @@ class Result(Section):
         state_size: Numbers carried between tokens at the task's length, all layers.
         seconds: Wall time spent training and evaluating, all attempts.
         train_seconds: The part of it inside training steps.
+        spent: Parts of the rest: data, model, evaluation, spectrum, logging, checkpoint.
         data_digest: Hash of the generated data.
         probes: How the chosen weights do on what the task tests beside its test split.
         environment: Backends, device, threads, library versions, git commit.
@@ -95,6 +99,7 @@ class Result(Section):
     state_size: int
     seconds: float
     train_seconds: float
+    spent: dict[str, float] = Field(default_factory=dict)
     data_digest: str
     probes: tuple[ProbeScore, ...] = ()
     environment: dict[str, str]
@@ -144,6 +149,11 @@ class RunFolder:
         self.path = out / fingerprint
         self.notes: list[str] = []
         self._claim: lease.Claim | None = None
+
+    @property
+    def figures(self) -> Path:
+        """Where figures of the run are, if any were drawn."""
+        return self.path / "figures"
 
     def create(self, run: RunConfig) -> None:
         """Make the folder and write the configuration into it, if it is not there."""
@@ -217,6 +227,8 @@ class RunFolder:
         """Forget how the last attempt ended; a new one starts."""
         self.check_claim()
         (self.path / "failure.json").unlink(missing_ok=True)
+        for left in self.path.glob(".*.partial"):  # by a process that was killed
+            left.unlink(missing_ok=True)
 
     def finish(self, result: Result) -> None:
         """Write the result; from here on the run is done."""
@@ -399,6 +411,11 @@ def write_sweep(out: Path, record: SweepRecord) -> None:
     write_json(out / "sweeps" / f"{record.id}.json", record.model_dump(mode="json"))
 
 
+def sweep_figures(out: Path, identity: str) -> Path:
+    """Say where figures of a sweep are, if any were drawn."""
+    return out / "sweeps" / identity
+
+
 def read_sweeps(out: Path) -> list[SweepRecord]:
     """Read the records of all sweeps under `out`, oldest first; unreadable ones are left out."""
     records = []
@@ -419,7 +436,7 @@ def ensure_writable(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{os.getpid()}"
+        probe = out / f".probe-{secrets.token_hex(8)}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -435,12 +452,16 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_bytes(path: Path, raw: bytes) -> None:
     """Replace a file atomically: afterwards it is the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

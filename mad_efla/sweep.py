@@ -12,7 +12,7 @@ from pydantic import Field
 
 from mad_efla import config, data, grid, model
 from mad_efla.config import ConfigError, Document, validate
-from mad_efla.run import DataConfig, Protocol, RunConfig, build, build_task
+from mad_efla.run import DataConfig, Limits, Protocol, RunConfig, build, build_task
 from mad_efla.tasks import Task
 
 MAX_RUNS = 100_000
@@ -34,6 +34,7 @@ class Plan(grid.Points):
         match: Equal terms to hold mixers to: `state`, 2,048 numbers per mixer layer beside the
             windows of convolutions, or `parameters`, those of the plan's first mixer. The sweep
             says by how much each misses.
+        limits: How long and how large a run may grow.
     """
 
     about: str = ""
@@ -43,6 +44,7 @@ class Plan(grid.Points):
     per_task: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seeds: list[int] = Field(default=[0], min_length=1)
     match: Literal["state", "parameters"] | None = None
+    limits: Limits = Field(default_factory=Limits)
 
 
 class Match(NamedTuple):
@@ -76,6 +78,7 @@ class Sweep(NamedTuple):
         runs: In the order of the plan, each once.
         sizes: Parameters and state size of each run's model, by fingerprint.
         matches: Per mixer, how far it is from the equal terms of the plan; empty if it has none.
+        limits: How long and how large each run may grow.
     """
 
     task: str
@@ -84,6 +87,7 @@ class Sweep(NamedTuple):
     runs: list[RunConfig]
     sizes: dict[str, tuple[int, int]]
     matches: list[Match]
+    limits: Limits
 
     @property
     def id(self) -> str:
@@ -132,7 +136,8 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
                     checked.add(asked)
     sizes = _check_models(runs.values(), plan_document)
     matches = _matches(parsed.match, list(runs.values()), sizes)
-    return Sweep(str(name), plan_file.stem, protocol, list(runs.values()), sizes, matches)
+    every = list(runs.values())
+    return Sweep(str(name), plan_file.stem, protocol, every, sizes, matches, parsed.limits)
 
 
 class Setting(NamedTuple):

@@ -7,22 +7,23 @@ of threads, it then ends with the same weights, bit for bit.
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mad_efla import data, model
+from mad_efla import data, devices, model, shared, spectrum, step
 from mad_efla.metrics import Tally
 from mad_efla.run import OptimConfig, RunConfig
 from mad_efla.store import ProbeScore, Result, Row, RunFolder, Scores, now
 from mad_efla.tasks import IGNORE
-from mad_kernels import record_backends
 
 LOG_EVERY = 10  # steps between logged training losses
 CHECKPOINT_SECONDS = 60.0
+GLANCES = 16  # at the mixers' memory in a run, at most; each costs a tenth of an evaluation
+_GLANCED = 2  # sequences of the validation split
 
 
 class Interrupted(Exception):
@@ -60,6 +61,8 @@ def train(
     Raises:
         Interrupted: `stop` returned true.
     """
+    if device == "cuda":
+        devices.take()
     loop = Loop(run, folder, torch.device(device))
     status, stopped = "finished", None
     try:
@@ -82,9 +85,11 @@ def train(
         state_size=model.state_size(loop.model, run.task.input_length),
         seconds=round(loop.seconds, 3),
         train_seconds=round(loop.train_seconds, 3),
+        spent={what: round(seconds, 4) for what, seconds in loop.spent.items()},
         data_digest=loop.data.digest,
         probes=probes,
-        environment=(environment or {}) | {"backends": " ".join(sorted(loop.backends))},
+        environment=(environment or {})
+        | {"backends": " ".join(sorted(loop.stepper.backends)), "step": loop.form},
         started=loop.started,
         ended=now(),
     )
@@ -123,14 +128,20 @@ class Loop:
     def __init__(self, run: RunConfig, folder: RunFolder, device: torch.device):
         self._begun = self._saved = time.perf_counter()
         self.run, self.folder, self.device = run, folder, device
-        self.data = data.make(run.task, run.seed, run.data)
+        self.data = shared.load(folder.path.parent / shared.FOLDER, run.task, run.seed, run.data)
         self.splits = {
             split: _tensors(getattr(self.data, split), run.train.loss if split == "train" else "")
             for split in data.SPLITS
         }
         self.splits = {s: tuple(t.to(device) for t in ts) for s, ts in self.splits.items()}
+        self.spent = {"data": time.perf_counter() - self._begun}  # seconds beside training steps
         self.model = model.build(run).to(device)
-        self.optimizer = _optimizer(self.model, run.optim)
+        self.form = step.form(device)
+        self.stepper = step.FORMS[self.form](
+            self.model, run.train, run.optim, *self.splits["train"]
+        )
+        self.optimizer = self.stepper.optimizer
+        self.spent["model"] = time.perf_counter() - self._begun - self.spent["data"]
         self.step = 0
         self.started = now()
         self.earlier_seconds = 0.0
@@ -142,7 +153,7 @@ class Loop:
         self.chosen_key = (-math.inf, -math.inf)
         self.chosen: dict[str, Tensor] | None = None
         self.stopped: str | None = None
-        self.backends: set[str] = set()
+        self.glancing = True  # until it fails
         self._order: tuple[int, Tensor] | None = None
         self._restore()
 
@@ -170,7 +181,9 @@ class Loop:
         else:
             self.chosen_step = self.step
         test, validation = self._scores("test"), self._scores("validation")
+        start = time.perf_counter()
         self.folder.save_model({k: v.cpu() for k, v in self.model.state_dict().items()})
+        self._spend("checkpoint", start)
         return test, validation
 
     def probe(self) -> tuple[ProbeScore, ...]:
@@ -185,20 +198,8 @@ class Loop:
     def train_step(self) -> None:
         """Make one optimiser step."""
         start = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.run.optim, self.step, self.run.steps)
-        inputs, targets = (t[self._batch()] for t in self.splits["train"])
-        scored = targets != IGNORE
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast(), record_backends() as ran:
-            logits = self.model(inputs, scored)
-        loss = F.cross_entropy(logits.float(), targets[scored].long())
-        loss.backward()
-        if self.run.optim.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optim.grad_clip)
-        self.optimizer.step()
-        self.losses.append(loss.detach())
-        self.backends |= ran
+        rate = learning_rate(self.run.optim, self.step, self.run.steps)
+        self.losses.append(self.stepper(self._batch(), rate))
         self.step += 1
         self.pending_seconds += time.perf_counter() - start
 
@@ -241,6 +242,8 @@ class Loop:
         self._log({f"val/{name}": value for name, value in validation.model_dump().items()})
         if self.steps_to_90 is None and validation.token_accuracy >= 0.9:
             self.steps_to_90 = self.step
+        if self._glance_due():
+            self._glance()
         if train.select_split == "none":
             return
         scores = validation
@@ -259,6 +262,26 @@ class Loop:
                 f"reached {train.stop_at} at step {self.step}"
             )
 
+    def _glance_due(self) -> bool:
+        """Spread the glances evenly over the evaluations; the last one has one."""
+        every = self.run.eval_every * -(-self.run.steps // self.run.eval_every // GLANCES)
+        return self.glancing and (self.step % every == 0 or self.step == self.run.steps)
+
+    def _glance(self) -> None:
+        """Log what the mixers do with their memory; a mixer that cannot tell stops no run."""
+        begun = time.perf_counter()
+        inputs = self.splits["validation"][0][:_GLANCED]
+        try:
+            with self._autocast():
+                found = spectrum.glance(self.model, inputs)
+        except Exception as error:
+            self.glancing = False
+            warnings.warn(f"no spectrum from step {self.step} on: {error!r}", stacklevel=1)
+            return
+        self._spend("spectrum", begun)
+        if found:
+            self._log(found)
+
     def _scores(self, split: str) -> Scores:
         tally = self._tally(*self.splits[split])
         if not math.isfinite(tally.loss.item()):
@@ -267,6 +290,7 @@ class Loop:
 
     @torch.no_grad()
     def _tally(self, inputs: Tensor, targets: Tensor) -> Tally:
+        begun = time.perf_counter()
         tally = Tally(self.run.task.vocabulary, self.device)
         for start in range(0, len(inputs), self.run.train.batch_size):
             rows = slice(start, start + self.run.train.batch_size)
@@ -274,6 +298,7 @@ class Loop:
             with self._autocast():
                 logits = self.model(inputs[rows], scored)
             tally.add(logits, targets[rows][scored].long())
+        self._spend("evaluation", begun)
         return tally
 
     def _autocast(self) -> torch.autocast:
@@ -284,7 +309,12 @@ class Loop:
 
     def _log(self, metrics: dict[str, float]) -> None:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        start = time.perf_counter()
         self.folder.append([Row(self.step, now(), finite)])
+        self._spend("logging", start)
+
+    def _spend(self, what: str, start: float) -> None:
+        self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - start
 
     @property
     def seconds(self) -> float:
@@ -292,6 +322,7 @@ class Loop:
         return self.earlier_seconds + time.perf_counter() - self._begun
 
     def _save(self) -> None:
+        start = time.perf_counter()
         self.folder.save_checkpoint(
             {
                 "model": self.model.state_dict(),
@@ -301,10 +332,12 @@ class Loop:
                 "chosen_key": list(self.chosen_key),
                 **{name: getattr(self, name) for name in _COUNTERS},
                 "earlier_seconds": self.seconds,
+                "spent": self.spent,
                 "losses": self.losses,
-                "backends": sorted(self.backends),
+                "backends": sorted(self.stepper.backends),
             }
         )
+        self._spend("checkpoint", start)
         self._saved = time.perf_counter()
 
     def _restore(self) -> None:
@@ -312,15 +345,17 @@ class Loop:
         if state is None:
             return
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.stepper.load(state["optimizer"])
         torch.set_rng_state(state["random"])
         self.chosen = state["chosen"]
         self.chosen_key = tuple(state["chosen_key"])
-        self.backends = set(state["backends"])
+        self.stepper.backends |= set(state["backends"])
         self.losses = [loss.to(self.device) for loss in state["losses"]]
         self.earlier_seconds = state["earlier_seconds"]
         for name in _COUNTERS:
             setattr(self, name, state[name])
+        for what, seconds in state.get("spent", {}).items():
+            self.spent[what] = self.spent.get(what, 0.0) + seconds
 
 
 _COUNTERS = (
@@ -334,13 +369,3 @@ def _tensors(examples: data.Examples, loss: str) -> tuple[Tensor, Tensor]:
     if loss == "sequence" and examples.next_tokens is not None:
         targets = examples.next_tokens
     return torch.from_numpy(examples.inputs), torch.from_numpy(targets)
-
-
-def _optimizer(module: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only: norms, biases and gates are left alone."""
-    parameters = list(module.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)

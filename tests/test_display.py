@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from mad_efla import display
+from mad_efla import display, sweep
+from mad_efla.estimate import Costs
 from mad_efla.execute import Event
 from mad_efla.store import Row, RunFolder
 from tests.test_store import result
@@ -25,7 +26,8 @@ def followed(folder, monkeypatch, terminal):
     monkeypatch.setattr(display, "stderr", lambda: console)
     monkeypatch.setattr(display, "_PLAIN_SECONDS", 0.0)
     run = tiny()
-    with display.Follow([run, tiny(seed=1)], [tiny(seed=1)]) as follow:
+    costs = Costs([run, tiny(seed=1)])
+    with display.Follow([run, tiny(seed=1)], [run], costs, 1) as follow:
         follow.update([Event(run, "running", folder)])
         folder.append([Row(10, 1, {"train/loss": 1.5}), Row(10, 1, {"val/token_accuracy": 0.25})])
         follow.update([Event(run, "running", folder)])
@@ -60,3 +62,36 @@ def test_an_example_is_cut_into_blocks_that_fit():
         ["tokens", "3", "4"], ["scored", "12"], ["solver", "3"], [],
     ]  # fmt: skip
     assert all(len(line.plain) <= 18 for line in lines)
+
+
+def test_a_long_dry_run_has_a_row_per_setting_and_mixer():
+    found = [tiny(seed=s, optim__lr=lr) for lr in (1e-3, 1e-2) for s in range(60)]
+    sizes = {run.fingerprint: (1000, 10) for run in found}
+    few, many = (
+        display.runs(runs, sweep.differences(runs), sizes) for runs in (found[:100], found)
+    )
+    assert (few.row_count, many.row_count) == (100, 1)
+    cells = {str(c.header): list(c.cells) for c in many.columns}
+    assert cells["runs"] == ["120"]
+    assert cells["lr"] == ["0.001, 0.01"]
+
+
+def test_more_runs_than_lines_leave_the_whole_in_sight(tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=140, height=12)
+    monkeypatch.setattr(display, "stderr", lambda: console)
+    runs = [tiny(seed=s) for s in range(40)]
+    events = [Event(r, "running", RunFolder(tmp_path, r.fingerprint)) for r in runs]
+    with display.Follow(runs, runs, Costs(runs), 40) as follow:
+        follow.update(events)
+        follow.live.refresh()
+    drawn = console.file.getvalue()
+    assert "0/40 runs" in drawn
+    assert "(32 of the running not shown)" in drawn
+    assert drawn.count("recall baseline") <= 2 * 8
+
+
+def test_what_is_no_terminal_gets_plain_text_whatever_the_environment_asks_for(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display.stdout().print("[bold red]words[/]")
+    display.stderr().print("[bold red]words[/]")
+    assert capsys.readouterr() == ("words\n", "words\n")

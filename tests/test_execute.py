@@ -12,33 +12,57 @@ import torch
 
 from mad_efla import execute
 from mad_efla.config import ConfigError
+from mad_efla.estimate import Costs
+from mad_efla.run import Limits
 from mad_efla.store import RunFolder
+from tests.test_store import result
 from tests.tiny import tiny
 
 BROKEN = """
-import os
+import glob, os, time
+import torch
 from mad_efla.mixers.efla import EFLA
 
-class Raises(EFLA):
+class Broken(EFLA):
     class Config(EFLA.Config):
         name: str
     def forward(self, x):
+        self.break_down()
+        return super().forward(x)
+
+class Raises(Broken):
+    def break_down(self):
         raise ZeroDivisionError("no such luck")
 
-class Kills(EFLA):
-    class Config(EFLA.Config):
-        name: str
-    def forward(self, x):
+class Kills(Broken):
+    def break_down(self):
         os.kill(os.getpid(), 9)
 
-class KillsOnce(EFLA):
-    class Config(EFLA.Config):
-        name: str
-    def forward(self, x):
+class KillsOnce(Broken):
+    def break_down(self):
         if not os.path.exists("killed"):
             open("killed", "w").close()
             os.kill(os.getpid(), 9)
-        return super().forward(x)
+
+class Crashes(Broken):
+    def break_down(self):
+        os.kill(os.getpid(), 11)
+
+class Hangs(Broken):
+    def break_down(self):
+        time.sleep(600)
+
+class Eats(Broken):
+    def break_down(self):
+        held = [torch.ones(2**26) for _ in range(8)]
+        time.sleep(600)
+
+class CutsData(Broken):
+    def break_down(self):
+        if not os.path.exists("cut"):
+            open("cut", "w").close()
+            for path in glob.glob("runs/data/*/*.npy"):
+                os.truncate(path, 0)
 """
 
 
@@ -52,17 +76,14 @@ def plugin(tmp_path, monkeypatch):
     sys.modules.pop("broken", None)
 
 
-def run_all(runs, tmp_path, workers=2):
+def run_all(runs, tmp_path, workers=2, **options):
     seen = []
     execute.execute(
         runs, tmp_path / "runs", device="cpu", workers=workers,
         watch=lambda events: seen.extend((e.run.fingerprint, e.status) for e in events),
+        **options,
     )  # fmt: skip
     return seen
-
-
-def status(run, tmp_path):
-    return RunFolder(tmp_path / "runs", run.fingerprint).status()
 
 
 def test_workers_and_this_process_give_equal_bits(tmp_path):
@@ -77,23 +98,66 @@ def test_workers_and_this_process_give_equal_bits(tmp_path):
         assert all(torch.equal(there[k], here[k]) for k in here)
 
 
-def test_a_failing_run_fails_alone_with_its_reason(tmp_path, plugin):
-    bad, good = tiny(mixers=[{"name": "broken:Raises", "heads": 2}]), tiny()
-    run_all([bad, good], tmp_path)
-    assert status(good, tmp_path) == "finished"
-    failure = RunFolder(tmp_path / "runs", bad.fingerprint).failure()
-    assert failure.reason == "ZeroDivisionError: no such luck"
-    assert "broken.py" in failure.traceback
+def broken(name, **fields):
+    return tiny(mixers=[{"name": f"broken:{name}", "heads": 2}], **fields)
 
 
-def test_a_killed_worker_costs_one_attempt(tmp_path, plugin):
-    once = tiny(mixers=[{"name": "broken:KillsOnce", "heads": 2}])
-    always = tiny(mixers=[{"name": "broken:Kills", "heads": 2}])
-    good = tiny()
-    run_all([always, once, good], tmp_path)
-    assert status(good, tmp_path) == status(once, tmp_path) == "finished"
-    failure = RunFolder(tmp_path / "runs", always.fingerprint).failure()
-    assert "its worker died 2 times" in failure.reason
+def test_what_goes_wrong_in_a_run_fails_alone_with_its_reason(tmp_path, plugin):
+    names = ("Raises", "Kills", "KillsOnce", "Crashes", "Eats", "CutsData")
+    runs = {name: broken(name, seed=i) for i, name in enumerate(names)} | {"good": tiny(seed=9)}
+    run_all(list(runs.values()), tmp_path, limits=Limits(memory_gib=1.5))
+    folders = {n: RunFolder(tmp_path / "runs", run.fingerprint) for n, run in runs.items()}
+    for name in ("good", "KillsOnce", "CutsData"):
+        assert folders.pop(name).status() == "finished", name
+    failures = {name: folder.failure() for name, folder in folders.items()}
+    assert {name: f.reason for name, f in failures.items()} == {
+        "Raises": "ZeroDivisionError: no such luck",
+        "Kills": "its worker died 2 times, the last time by signal 9 (Killed; out of memory?)",
+        "Crashes": "its worker died 2 times, the last time by signal 11 (Segmentation fault)",
+        "Eats": "memory limit of 1.5 GiB reached",
+    }
+    assert "broken.py" in failures["Raises"].traceback
+    assert [name for name, f in failures.items() if f.transient] == ["Kills", "Crashes"]
+
+
+def test_a_run_that_hangs_is_ended_at_its_limit(tmp_path, plugin, monkeypatch):
+    monkeypatch.setattr(execute, "_GRACE_SECONDS", 0.5)
+    run = broken("Hangs")
+    run_all([run], tmp_path, limits=Limits(minutes=1e-3))
+    failure = RunFolder(tmp_path / "runs", run.fingerprint).failure()
+    assert (failure.reason, failure.transient) == ("time limit of 0.001 min reached", False)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (Limits(minutes=1e-9), "time limit of 1e-09 min reached"),
+        (Limits(memory_gib=1e-9), "memory limit of 1e-09 GiB reached"),
+    ],
+)
+def test_a_run_that_notices_its_limit_keeps_its_checkpoint(tmp_path, limits, reason):
+    run = tiny()
+    run_all([run], tmp_path, workers=0, limits=limits)
+    folder = RunFolder(tmp_path / "runs", run.fingerprint)
+    assert (folder.failure().kind, folder.failure().reason) == ("failed", reason)
+    assert not folder.failure().transient
+    assert folder.load_checkpoint()["step"] == 1
+    run_all([run], tmp_path, workers=0)
+    assert folder.status() == "finished"
+
+
+def test_the_longest_that_is_left_goes_first_and_ends_teach_what_is_long(tmp_path):
+    runs = [tiny(seed=s, train__steps=n) for s, n in enumerate((5, 20, 10))]
+    costs = Costs(runs)
+    seen = run_all(runs, tmp_path, workers=0, costs=costs)
+    assert [f for f, s in seen if s == "running"] == [runs[i].fingerprint for i in (1, 2, 0)]
+    assert not (tmp_path / "runs" / "data").exists()
+    work = execute.Work([tiny(seed=8, train__steps=n) for n in (5, 20)], tmp_path, Costs([]))
+    slow, quick = work.waiting.values()
+    work.costs = Costs([slow, quick])
+    work.costs.learn(slow.fingerprint, result(slow.fingerprint, seconds=100.0, steps=5))
+    work.costs.learn(quick.fingerprint, result(quick.fingerprint, seconds=1.0, steps=20))
+    assert work.next() is slow
 
 
 def test_a_run_held_by_another_process_is_waited_for(tmp_path):

@@ -22,7 +22,7 @@ from tests.test_spectrum import decaying, delta, randn
 from tests.tiny import tiny
 
 B, L, H, N = 2, 40, 3, 5
-EVERY = ["eigenvalues", "forgetting", "reach", "state"]
+EVERY = ["eigenvalues", "exactness", "forgetting", "reach", "state"]
 
 
 def layer(dynamics, **changes):
@@ -70,7 +70,7 @@ def test_the_last_share_is_that_of_horizons_beyond_the_longest_lag():
     assert shares.x[[0, -1]] == pytest.approx([1, L / 2])
     at = np.interp([1.5, 3, 10, L / 2], shares.x, shares.middle)
     assert at.tolist() == [1, 0.75, 0.5, 0.5]
-    assert shares.middle[-1] == made.scalars()["horizon_median_beyond"]
+    assert shares.middle[-1] == made.scalars()["horizon_beyond"]
 
 
 def test_eigenvalues_fall_into_the_bins_of_their_head_and_never_outside():
@@ -90,6 +90,23 @@ def test_x_is_read_off_at_its_share():
     shares = spectra.x_shares(spectrum.per_token(delta(keys, beta)))
     below = [shares.middle[shares.x <= limit].max() for limit in (0.75, 2, 4, 6)]
     assert below == pytest.approx([0.25, 0.5, 0.75, 1])
+
+
+def test_errors_are_those_of_the_step_and_unit_keys_bound_them():
+    keys, beta = randn(B, L, H, N), torch.full((B, L, H), 0.5, dtype=torch.float64)
+    raw = spectrum.per_token(delta(keys, beta))
+    curve = spectra.error_shares(raw, "euler")
+    for at, share in zip(curve.x[1:-1], curve.middle[1:-1], strict=True):
+        over = (spectrum.step_error(raw.x, "euler") >= at).double().mean().item()
+        assert over == pytest.approx(share, abs=1 / raw.x.numel() + 1e-9)
+    unit = spectrum.per_token(delta(torch.nn.functional.normalize(keys, dim=-1), beta))
+    assert spectra.error_shares(unit, "euler").x == pytest.approx(math.exp(-0.5) - 0.5)
+    assert spectra.error_shares(unit, "rk4").x.max() < spectra.error_shares(unit, "rk2").x.min()
+
+
+def test_steps_are_compared_only_where_a_flow_is_integrated(tmp_path):
+    decaying = diagnosis(layer(constant(0.1)))
+    assert "exactness" not in spectra.figures({"decaying": decaying})
 
 
 def test_orthogonal_keys_have_equal_gram_eigenvalues_and_a_repeated_key_has_one():
@@ -155,7 +172,8 @@ def test_equal_data_give_equal_bytes_and_other_data_others(tmp_path):
     first, again = written(tmp_path / "1", made), written(tmp_path / "2", made)
     assert first == again
     assert sorted(first) == [f"{n}.{e}" for n in EVERY for e in ("png", "svg")]
-    other = written(tmp_path / "3", {"a": diagnosis(layer(constant(0.1)))})
+    unlike = delta(2 * keys, torch.full((B, L, H), 0.6).double())
+    other = written(tmp_path / "3", {"a": diagnosis(layer(unlike))})
     assert all(first[name] != other[name] for name in first)
     for name, text in first.items():
         if name.endswith("svg"):
@@ -228,7 +246,7 @@ def test_the_command_prints_a_table_and_writes_figures(files):
     done = call(*arguments, "--against", second.fingerprint[:8], "--to", "a/b")
     paths = [line for line in done.stdout.splitlines() if line.startswith("a/b")]
     assert paths == [f"a/b/{name}.{ending}" for name in (
-        "eigenvalues", "forgetting", "state", "reach") for ending in ("png", "svg")]  # fmt: skip
+        "eigenvalues", "exactness", "forgetting", "state", "reach") for ending in ("png", "svg")]  # fmt: skip
     assert all((files / path).stat().st_size > 5_000 for path in paths)
     for words in ("efla(heads=2)", "deltanet(heads=2)", "difference", "layer0/x_mean"):
         assert words in done.stdout

@@ -138,7 +138,7 @@ def test_a_run_taken_over_while_it_slept_writes_nothing_more(tmp_path, monkeypat
             taken.append(sorted((p.name, p.stat().st_size) for p in folder.path.iterdir()))
         return False
 
-    execute._attempt(folder, "cpu", {}, stop)
+    execute.attempt(folder, "cpu", {}, stop)
     files = sorted((p.name, p.stat().st_size) for p in folder.path.iterdir())
     assert files == taken[1]
     assert folder.result() is None

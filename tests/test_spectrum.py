@@ -606,8 +606,8 @@ def test_scalars_are_flat_finite_and_named():
     assert all(name.startswith("spectrum/") for name in scalars)
     layers = [scalars[f"spectrum/layer{i}/reach_distance"] for i in (0, 1)]
     assert scalars["spectrum/reach_distance"] == pytest.approx(sum(layers) / 2)
-    assert "spectrum/layer0/horizon_median_p50" in scalars
-    assert "spectrum/layer1/horizon_median_p50" not in scalars
+    assert "spectrum/layer0/horizon_p50" in scalars
+    assert "spectrum/layer1/horizon_p50" not in scalars
     state = scalars["spectrum/layer0/eigenvalue_mean"]
     assert scalars["spectrum/eigenvalue_mean"] == state
     assert 0 < state < 1
@@ -651,6 +651,63 @@ def test_positions_outside_and_single_tokens_are_refused():
     net, tokens = built("efla")
     with pytest.raises(ValueError, match=r"position=12 must lie in \[0, 12\)"):
         spectrum.diagnose(net, tokens, position=12)
+
+
+# ---- while training
+
+
+def test_a_glance_gives_what_the_diagnosis_gives():
+    net, tokens = built("efla", "attention", "hyena", "mamba2")
+    full, found = spectrum.diagnose(net, tokens).scalars(), spectrum.glance(net, tokens)
+    same = {n: v for n, v in found.items() if "horizon" not in n and "reach" not in n}
+    assert len(same) == 7
+    assert same == {name: pytest.approx(full[name]) for name in same}
+    trace = spectrum.diagnose(net, tokens).layers[1].scalars()
+    assert found["spectrum/reach_distance"] == pytest.approx(trace["reach_distance"])
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.3, 1.5])
+def test_a_glance_recovers_a_known_decay(rate, monkeypatch):
+    net, tokens = built("gla", task__seq_len=64)
+    tokens = tokens.repeat(1, 6)[:, :64]
+    constant = decaying(torch.full((B, 64, H, N), -rate, dtype=torch.float64))
+    monkeypatch.setattr(net.mixers[0], "dynamics", lambda x: constant)
+    found = spectrum.glance(net, tokens)
+    assert found["spectrum/eigenvalue_mean"] == pytest.approx(math.exp(-rate), abs=1e-6)
+    assert found["spectrum/horizon_p50"] == pytest.approx(min(1 / rate, 32), abs=1e-6)
+    assert found["spectrum/horizon_beyond"] == (rate == 0.01)
+
+
+def test_a_glance_draws_no_random_number_and_leaves_the_model_alone(monkeypatch):
+    net, tokens = built("efla", "attention")
+    before = {n: p.clone() for n, p in net.state_dict().items()}
+    own = net.mixers[0].dynamics
+    monkeypatch.setattr(net.mixers[0], "dynamics", lambda x: own(x + torch.randn(())))
+    random = torch.get_rng_state()
+    spectrum.glance(net.train(), tokens)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert net.training
+    assert all(torch.equal(p, before[n]) for n, p in net.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_glance_looks_in_full_precision_at_what_autocast_made():
+    net, tokens = built("efla", "efla")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = spectrum.glance(net, tokens)
+    full = spectrum.glance(net, tokens)
+    assert half["spectrum/eigenvalue_mean"] == pytest.approx(
+        full["spectrum/eigenvalue_mean"], abs=1e-2
+    )
+    assert half["spectrum/eigenvalue_mean"] != full["spectrum/eigenvalue_mean"]
+
+
+def test_a_glance_leaves_out_what_there_is_not_and_what_is_not_finite():
+    assert spectrum.glance(*built("hyena", "identity")) == {}
+    net, tokens = built("efla", "efla")
+    with torch.no_grad():
+        net.mixers[0].qkv.weight[0] = math.inf
+    assert spectrum.glance(net, tokens) == {}
 
 
 @pytest.mark.parametrize("missing", ["a", "b", "beta", "key_square"])

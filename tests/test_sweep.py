@@ -193,3 +193,16 @@ def test_a_plan_says_by_how_much_mixers_miss_equal_terms(tmp_path):
     ]
     assert expand(tmp_path).matches == []
     assert 'match="size": input should be' in refused(tmp_path, plan=PLAN + "match: size\n")
+
+
+def test_limits_are_the_sweeps_and_no_part_of_a_run(tmp_path):
+    plan = PLAN + "limits: {minutes: 30, memory_gib: 8}\n"
+    found = expand(tmp_path, plan, sets=["limits.minutes=5"])
+    assert (found.limits.minutes, found.limits.memory_gib) == (5, 8)
+    plain = expand(tmp_path)
+    assert plain.limits.minutes is plain.limits.memory_gib is None
+    assert found.id == plain.id
+    message = refused(tmp_path, plan=plan.replace("30", "-1"))
+    assert "plan.yaml:10: limits.minutes=-1: input should be greater than 0" in message
+    message = refused(tmp_path, plan=plan.replace("minutes", "hours"))
+    assert "plan.yaml:10: limits.hours: unknown key" in message

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mad_efla import model, sweep, train
+from mad_efla.mixers.delta import Delta
 from mad_efla.run import OptimConfig
 from mad_efla.store import RunFolder
 from mad_efla.train import Interrupted, learning_rate
@@ -42,6 +43,9 @@ def test_a_tiny_run_learns_and_writes_everything(tmp_path):
     assert names == {
         "train/loss", "train/learning_rate", "train/tokens_per_second",
         "val/loss", "val/token_accuracy", "val/macro_accuracy",
+        "spectrum/eigenvalue_mean", "spectrum/eigenvalue_min", "spectrum/eigenvalue_max",
+        "spectrum/saturated", "spectrum/beyond_euler", "spectrum/horizon_p50",
+        "spectrum/horizon_beyond", "spectrum/state_effective_rank", "spectrum/state_capacity_used",
     }  # fmt: skip
     weights = folder.load_model()
     assert weights.keys() == model.build(run).state_dict().keys()
@@ -53,6 +57,35 @@ def test_two_trainings_end_with_equal_bits(tmp_path):
     first, second = (RunFolder(tmp_path / n, run.fingerprint).load_model() for n in ("a", "b"))
     assert results[0].test == results[1].test
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_looking_at_the_memory_moves_no_bit(tmp_path, monkeypatch):
+    run = tiny(mixers=["efla", "attention"], model__depth=2)
+    finish(run, folder_of(run, tmp_path, "a"))
+    monkeypatch.setattr(train.Loop, "_glance", lambda loop: None)
+    finish(run, folder_of(run, tmp_path, "b"))
+    first, second = (RunFolder(tmp_path / n, run.fingerprint).load_model() for n in ("a", "b"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(30, 10), (100, 1), (33, 2)])
+def test_the_memory_is_looked_at_evenly_and_at_the_end(tmp_path, steps, every):
+    run = tiny(train__steps=steps, train__eval_every=every, train__stop_at=None)
+    folder = folder_of(run, tmp_path)
+    finish(run, folder)
+    rows = [r for r in folder.rows()[0] if "spectrum/horizon_p50" in r.metrics]
+    looked = [r.step for r in rows]
+    assert looked[-1] == steps
+    assert min(steps // every, train.GLANCES // 2) <= len(looked) <= train.GLANCES + 1
+    assert len({b - a for a, b in itertools.pairwise(looked[:-1])}) == 1
+
+
+def test_a_mixer_that_cannot_tell_of_its_memory_costs_a_warning(tmp_path, monkeypatch):
+    run = tiny()
+    monkeypatch.setattr(Delta, "dynamics", lambda mixer, x: 1 / 0)
+    with pytest.warns(UserWarning, match="no spectrum from step 10 on: ZeroDivisionError"):
+        result = finish(run, folder_of(run, tmp_path))
+    assert result.status == "finished"
 
 
 @pytest.mark.parametrize("stops", [(0,), (12,), (3, 0, 14)])

@@ -1,9 +1,11 @@
 """Figures of what trained mixers do with their memory, from `spectrum.diagnose`, run beside run.
 
     eigenvalues   what a token leaves of the state along its key, head by head
+    exactness     what each way to integrate the delta rule gets wrong on these keys
     forgetting    x of single tokens; what products of transitions leave; how long heads remember
     state         directions in use over time; singular values at the end; spread of the keys
     reach         how far back outputs look, attention's too; gain of each layer
+    overview      of one run: products, rank, reach and eigenvalues in one figure
 
 Rows are layers. A mixer is shown wherever a quantity exists for it, and a figure that would be
 empty is not drawn. Colour and dashes name the run, the same in all figures.
@@ -51,8 +53,11 @@ _FLOOR = 1e-3  # of axes for what falls to nothing
 _BIN = 0.025  # of eigenvalues
 _GREY = "0.4"
 _SMALL = 6.0  # points
+_ROOM = 2.15  # inches for a column of an overview
 _SIDE_BY_SIDE = 4  # runs
 _WITH_QUARTILES = 3  # runs whose quartiles can still be told apart
+_STEPS = {"euler": "Euler", "implicit": "implicit", "rk2": "RK-2", "rk4": "RK-4"}
+_ERRORS = (1e-6, 1e2)  # drawn
 
 
 # ------------------------------------------------------------------ runs
@@ -132,6 +137,18 @@ def x_shares(tokens: PerToken) -> Curve:
     shares = np.linspace(0, 1, 201)
     x = np.quantile(tokens.x.cpu().numpy(), shares, method="inverted_cdf")
     return Curve(x.clip(1e-4, 1e4), shares, shares, shares)
+
+
+def error_shares(tokens: PerToken, step: str) -> Curve:
+    """Return the share of tokens on which a step's error is at least the curve's x.
+
+    What lies outside of 1e-6 to 100 is moved to these ends.
+    """
+    assert tokens.x is not None
+    errors = spectrum.step_error(tokens.x, step).flatten().cpu().numpy()
+    shares = np.linspace(0, 1, 201)
+    x = np.quantile(errors, 1 - shares, method="inverted_cdf").clip(*_ERRORS)
+    return Curve(x, shares, shares, shares)
 
 
 def products_left(products: Products) -> Curve:
@@ -221,6 +238,8 @@ def figures(diagnoses: dict[str, Diagnosis]) -> dict[str, Figure]:
     with style():
         if any(layer.tokens for row in rows for layer in row.values()):
             found["eigenvalues"] = _eigenvalues(rows)
+        if any(_integrated(layer) for row in rows for layer in row.values()):
+            found["exactness"] = _exactness(rows)
         for name, every in (("forgetting", _FORGETTING), ("state", _STATE)):
             panels = [p for p in every if any(p.parts(row) for row in rows)]
             if panels:
@@ -230,6 +249,42 @@ def figures(diagnoses: dict[str, Diagnosis]) -> dict[str, Figure]:
                 found[name] = figure
         found["reach"] = _reach(rows, diagnoses, looks)
     return found
+
+
+def overview(name: str, diagnosis: Diagnosis) -> Figure | None:
+    """Draw the most telling of these for one run; None where its mixers have nothing to show."""
+    looks, rows = lines([name]), [{name: layer} for layer in diagnosis.layers]
+    panels = [p for p in _OVERVIEW if any(p.parts(row) for row in rows)]
+    strips = any(layer.tokens for layer in diagnosis.layers)
+    if not panels:
+        return None
+    with style():
+        figure, grid = _page(len(panels), len(rows), wide=strips)
+        figure.set_figwidth(_ROOM * max(2, len(panels) + strips))
+        _draw(figure, grid, panels, rows, looks)
+        if strips:
+            _strip_column(figure, grid, len(panels), diagnosis)
+        figure.suptitle(name, fontsize="medium", weight="bold")
+        rings = any(layer.kind == "attention" for layer in diagnosis.layers)
+        _note(figure, [*_lines(looks), *(["rings: attention, by its own weights"] * rings)])
+    return figure
+
+
+def _strip_column(figure: Figure, grid: GridSpec, column: int, diagnosis: Diagnosis) -> None:
+    tokens = [layer.tokens for layer in diagnosis.layers]
+    centres = _centres([t for t in tokens if t is not None])
+    for i, own in enumerate(tokens):
+        ax = figure.add_subplot(grid[i, column])
+        if own is not None:
+            _strips(ax, own, centres)
+            ax.set_ylabel("head")
+        else:
+            _nothing(ax)
+            ax.set_yticks([])
+        if i == 0:
+            ax.set_title("eigenvalues\nalong the key", loc="left", pad=9)
+        ax.tick_params(labelbottom=i == len(tokens) - 1)
+    ax.set_xlabel("eigenvalue\n(dark: many tokens)")
 
 
 class Drawn(NamedTuple):
@@ -297,7 +352,7 @@ def _draw(
             if drawn:
                 panel.frame(ax, drawn)
             else:
-                ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", color=_GREY)
+                _nothing(ax)
             ax.tick_params(labelbottom=ax is cells[-1][0])
         cells[0][0].set_title(panel.title, loc="left")
         cells[-1][0].set_xlabel(panel.x)
@@ -333,6 +388,10 @@ def _explain(figure: Figure, looks: dict[str, Line], notes: list[str]) -> None:
     handles = [Line2D([], [], color=x.color, dashes=x.dashes, label=n) for n, x in looks.items()]
     across = int(figure.get_figwidth() * 15) // (max(map(len, looks)) + 7)
     figure.legend(handles=handles, loc="outside upper center", ncols=max(1, across))
+    _note(figure, notes)
+
+
+def _note(figure: Figure, notes: list[str]) -> None:
     text = textwrap.fill("; ".join(notes), int(figure.get_figwidth() * 23))
     figure.supxlabel(text, fontsize=_SMALL, color=_GREY, x=0.99, ha="right")
 
@@ -358,37 +417,58 @@ def _mark(ax: Axes, y: float, text: str, side: Literal["left", "right"] = "right
 def _eigenvalues(rows: list[dict[str, LayerDiagnosis]]) -> Figure:
     """Draw a strip per head: where the eigenvalues of its tokens lie."""
     runs = list(dict.fromkeys(n for row in rows for n, x in row.items() if x.tokens))
-    least = min(float(x.tokens.eigenvalue.min()) for r in rows for x in r.values() if x.tokens)
-    first = -1.1 if least < -_BIN / 2 else -0.1
-    centres = np.arange(round(first / _BIN), round(1.1 / _BIN) + 1) * _BIN  # one of them is 0
+    centres = _centres([x.tokens for row in rows for x in row.values() if x.tokens])
+    figure, cells = _by_run(rows, runs)
+    shown = None
+    for ax, name, i in cells:
+        tokens = rows[i][name].tokens if name in rows[i] else None
+        if tokens is not None:
+            shown = _strips(ax, tokens, centres)
+        else:
+            _nothing(ax)
+            ax.set_yticks([])
+        if ax.get_ylabel():
+            ax.set_ylabel(f"layer {i}, head")
+    figure.supxlabel("eigenvalue of the transition along the token's key", fontsize="medium")
+    if shown is not None:
+        bar = figure.colorbar(shown, ax=figure.axes, shrink=0.6, aspect=30, pad=0.02)
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
+        bar.set_label("tokens of a head in a bin")
+    return figure
+
+
+def _by_run(
+    rows: list[dict[str, LayerDiagnosis]], runs: list[str]
+) -> tuple[Figure, list[tuple[Axes, str, int]]]:
+    """Open a figure with a column per run and a row per layer; many runs make further blocks."""
     across, depth = min(len(runs), _SIDE_BY_SIDE), len(rows)
     blocks = -(-len(runs) // across)
     size = (PAGE * (0.25 + 0.75 * across / _SIDE_BY_SIDE), 0.5 + blocks * (0.3 + 1.15 * depth))
     figure = Figure(figsize=size)
     grid = figure.add_gridspec(blocks * depth, across)
-    axes, shown = [], None
+    cells = []
     for n, name in enumerate(runs):
         block, column = divmod(n, across)
-        for i, row in enumerate(rows):
+        for i in range(depth):
             ax = figure.add_subplot(grid[block * depth + i, column])
-            axes.append(ax)
-            tokens = row[name].tokens if name in row else None
-            if tokens is not None:
-                shown = _strips(ax, tokens, centres)
-            else:
-                ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", color=_GREY)
-                ax.set_yticks([])
             if i == 0:
                 ax.set_title("\n".join(textwrap.wrap(name, 24)), pad=9)
             if column == 0:
-                ax.set_ylabel(f"layer {i}, head")
+                ax.set_ylabel(f"layer {i}")
             ax.tick_params(labelbottom=i == depth - 1)
-    figure.supxlabel("eigenvalue of the transition along the token's key", fontsize="medium")
-    if shown is not None:
-        bar = figure.colorbar(shown, ax=axes, shrink=0.6, aspect=30, pad=0.02)
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
-        bar.set_label("tokens of a head in a bin")
-    return figure
+            cells.append((ax, name, i))
+    return figure, cells
+
+
+def _centres(tokens: list[PerToken]) -> np.ndarray:
+    """Return the middles of bins that hold all eigenvalues; one of them is 0."""
+    least = min(float(t.eigenvalue.min()) for t in tokens)
+    first = -1.1 if least < -_BIN / 2 else -0.1
+    return np.arange(round(first / _BIN), round(1.1 / _BIN) + 1) * _BIN
+
+
+def _nothing(ax: Axes) -> None:
+    ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", color=_GREY)
 
 
 def _strips(ax: Axes, tokens: PerToken, centres: np.ndarray) -> Any:
@@ -412,6 +492,52 @@ def _strips(ax: Axes, tokens: PerToken, centres: np.ndarray) -> Any:
             xytext=(2, 1), textcoords="offset points", va="bottom", fontsize=_SMALL,
         )  # fmt: skip
     return image
+
+
+# ------------------------------------------------------------------ exactness
+
+
+def _integrated(layer: LayerDiagnosis) -> PerToken | None:
+    """Return the tokens of a layer of the delta family, whose x a step is taken over."""
+    return layer.tokens if layer.tokens and layer.tokens.beta is not None else None
+
+
+def _exactness(rows: list[dict[str, LayerDiagnosis]]) -> Figure:
+    """Draw a panel per run and layer: on how many tokens each step errs by how much."""
+    runs = list(dict.fromkeys(n for row in rows for n, x in row.items() if _integrated(x)))
+    figure, cells = _by_run(rows, runs)
+    looks = lines(list(_STEPS))
+    for ax, name, i in cells:
+        tokens = _integrated(rows[i][name]) if name in rows[i] else None
+        ax.set_xscale("log")
+        ax.set_xlim(*_ERRORS)
+        ax.set_xticks([1e-6, 1e-4, 1e-2, 1, 1e2])
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_ylim(0, 1.02)
+        ax.yaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
+        if tokens is None or tokens.x is None:
+            _nothing(ax)
+            continue
+        for step, look in looks.items():
+            x, _, share, _ = error_shares(tokens, step)
+            ax.plot(x, share, color=look.color, dashes=look.dashes)
+        beyond = (tokens.x > EULER_LIMIT).double().mean().item()
+        ax.annotate(
+            f"x: median {tokens.x.median():.2g}\n{100 * beyond:.2g} % over {EULER_LIMIT:g}", (1, 1),
+            xycoords="axes fraction", xytext=(-2, -2), textcoords="offset points", ha="right",
+            va="top", fontsize=_SMALL, color=_GREY,
+        )  # fmt: skip
+    figure.supxlabel(
+        "error of the factor along the key, |step's - exp(-x)|; what is exact errs nowhere",
+        fontsize="medium",
+    )
+    figure.supylabel("tokens with a larger error", fontsize="medium")
+    handles = [
+        Line2D([], [], color=look.color, dashes=look.dashes, label=_STEPS[step])
+        for step, look in looks.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    return figure
 
 
 # ------------------------------------------------------------------ forgetting
@@ -526,7 +652,7 @@ def _frame_keys(ax: Axes, drawn: list[Drawn]) -> None:
 
 _STATE = [
     Panel(
-        "effective rank of the state",
+        "effective rank\nof the state",
         "tokens read",
         lambda layer: layer.state,
         rank_over_time,
@@ -630,3 +756,6 @@ def _gains(ax: Axes, diagnoses: dict[str, Diagnosis], looks: dict[str, Line]) ->
     ax.tick_params("y", length=0)
     ax.set_title("gain of a change of its input,\nruns in the legend's order", loc="left")
     ax.set_xlabel("out over in, both relative\n(filled: a token, hollow: noise)")
+
+
+_OVERVIEW = [_FORGETTING[1], _STATE[0], _REACH[0]]

@@ -94,11 +94,14 @@ def rows(
         return _settled(figure)
 
 
-def heat_map(scores: dict[tuple[str, str], Interval], *, width: float = figures.PAGE) -> Figure:
+def heat_map(
+    scores: dict[tuple[str, str], Interval], *, x_label: str = "", width: float = figures.PAGE
+) -> Figure:
     """Draw mixers by tasks, in the order in which they first come; empty where there is no score.
 
     Args:
-        scores: By mixer and task.
+        scores: By mixer and task, or setting.
+        x_label: Said below, if anything.
         width: Inches; more where the cells would not hold their figures.
     """
     mixers, tasks = (list(dict.fromkeys(key[i] for key in scores)) for i in (0, 1))
@@ -122,6 +125,7 @@ def heat_map(scores: dict[tuple[str, str], Interval], *, width: float = figures.
         )  # fmt: skip
         for text, value in zip(axes.texts, values[~np.isnan(values)], strict=True):
             text.set_color("white" if value > _DARK else "0.1")
+        axes.set_xlabel(x_label)
         axes.tick_params(length=0)
         axes.xaxis.tick_top()
         axes.tick_params(axis="x", labelrotation=0)

@@ -7,6 +7,8 @@
     metrics.jsonl   curves: train/loss, val/token_accuracy, ...
     Result          test/... and total/..., once, at step 0; tags mad.env.*; the dataset's digest
     config.json     artifact config.json; a failed run adds traceback.txt
+    figures/        artifacts figures/...
+    model.pt        a logged model, on request
     status          running RUNNING, finished and diverged FINISHED, failed FAILED,
                     interrupted KILLED; a run that only waits is not in MLflow yet
 
@@ -17,6 +19,7 @@ before it is used. In reading order, each file importing only from those before 
     records.py   what MLflow is told of a run and a sweep, as pure functions
     stores.py    where MLflow keeps runs: addresses, local databases, locks, what can go wrong
     entry.py     one run in MLflow, told only what it has not been told
+    models.py    a run's model, for `mlflow.pytorch.load_model`
     bridge.py    brings one store up to date from the run folders
     guard.py     a small process that does so when the driver of a sweep was killed
     mirror.py    keeps a store up to date while a sweep goes on

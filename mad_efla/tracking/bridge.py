@@ -16,8 +16,17 @@ from typing import Any, NamedTuple
 from mad_efla import scores
 from mad_efla.config import ConfigError
 from mad_efla.run import RunConfig
-from mad_efla.store import Failure, Result, RunFolder, Status, SweepRecord, now, read_sweeps
-from mad_efla.tracking import records, stores
+from mad_efla.store import (
+    Failure,
+    Result,
+    RunFolder,
+    Status,
+    SweepRecord,
+    now,
+    read_sweeps,
+    sweep_figures,
+)
+from mad_efla.tracking import models, records, stores
 from mad_efla.tracking.entry import BATCH, Entry
 
 _PATIENCE = 50  # logged steps held back at most, until there is a first accuracy to log
@@ -46,6 +55,7 @@ def sync(
     *,
     fingerprints: Iterable[str] | None = None,
     timeout_s: float | None = None,
+    log_models: bool = False,
 ) -> SyncReport:
     """Bring MLflow up to date from the run folders; doing it twice changes nothing.
 
@@ -56,10 +66,11 @@ def sync(
         out: The folder of run folders.
         fingerprints: Only these runs; all by default.
         timeout_s: Seconds after which no further call is begun; None for no limit.
+        log_models: Log the models of finished runs, too.
     """
     wanted = None if fingerprints is None else set(fingerprints)
     deadline = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
-    return Bridge(uri, out).sync(deadline, wanted=wanted)
+    return Bridge(uri, out, log_models).sync(deadline, wanted=wanted)
 
 
 @dataclass
@@ -69,6 +80,7 @@ class Bridge:
     Attributes:
         uri: The store, as `resolve_uri` returns it.
         out: The folder of run folders.
+        log_models: Whether models are logged, too.
         client: MLflow's client, once there is one.
         experiments: Experiment ids by task.
         entries: Runs in MLflow, by fingerprint or sweep id.
@@ -80,6 +92,7 @@ class Bridge:
 
     uri: str
     out: Path
+    log_models: bool = False
     client: Any = None
     experiments: dict[str, str] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -219,6 +232,7 @@ class Bridge:
     def _summarise(self, sweep: SweepRecord, statuses: Counter[Status]) -> None:
         """Write a sweep's leaderboard, counts and status, if they have changed."""
         entry = self.entries[sweep.id]
+        entry.attach(sweep_figures(self.out, sweep.id))
         status = records.sweep_status(statuses, live=stores.is_live(self.out, sweep.id))
         counts = records.counts(statuses)
         if entry.deleted or (counts, status) == (entry.tags.get("mad.counts"), entry.status):
@@ -228,9 +242,10 @@ class Bridge:
         note = records.sweep_note(sweep, statuses, rows)
         self.client.set_tag(entry.run_id, "mlflow.note.content", note)
         entry.write("leaderboard.csv", records.leaderboard_csv(rows))
+        entry.write("leaderboard.json", records.leaderboard_json(rows))
         if status != "RUNNING":
             entry.log(records.sweep_points(statuses, now()), self.deadline)
-        entry.tag({"mad.counts": counts})
+        entry.tag({"mad.counts": counts} | records.TABLE_TAG)
         entry.stand(status, sweep.ended or now())
 
     def _cell(
@@ -256,6 +271,10 @@ class Bridge:
                 self._numbers(entry, folder, status)
                 self._ending(entry, run, status, failure)
                 entry.seen = look
+        if status == "finished":
+            entry.attach(folder.figures)
+            if self.log_models and (run := self._read(key)):
+                models.log(entry, self.experiments[run.task.name], run, folder)
         if sweep and f"mad.sweep.{sweep.id}" not in entry.tags:  # its parent is the first only
             entry.tag({f"mad.sweep.{sweep.id}": sweep.plan})
         return True

@@ -8,8 +8,10 @@ made steps again, what the first attempt reported stays.
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mad_efla.config import digest
 from mad_efla.run import RunConfig
 from mad_efla.tracking.records import Point, parameters
 from mad_efla.tracking.stores import in_time
@@ -96,6 +98,16 @@ class Entry:
     def write(self, name: str, text: str) -> None:
         """Write an artifact."""
         self.client.log_text(self.run_id, text, name)
+
+    def attach(self, folder: Path) -> None:
+        """Upload the figures in a folder, again once they were drawn again."""
+        files = sorted(folder.glob("[!.]*"))
+        looks = [(f.name, s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]]
+        if not files or self.deleted or self.tags.get("mad.figures") == digest(str(looks)):
+            return
+        for file in files:
+            self.client.log_artifact(self.run_id, str(file), "figures")
+        self.tag({"mad.figures": digest(str(looks))})
 
     def trained_on(self, run: RunConfig, digest: str) -> None:
         """Log the generated data by its digest: equal digests, equal tokens."""

@@ -25,16 +25,17 @@ class Mirror:
         uri: The store, as `resolve_uri` returns it.
         out: The folder of run folders.
         record: The sweep, already written.
+        log_models: Log the models of finished runs, too.
 
     Attributes:
         problem: One sentence on why MLflow is not up to date; None if it is.
         guard: The process that stands by; None where there is none to be had.
     """
 
-    def __init__(self, uri: str, out: Path, record: SweepRecord):
+    def __init__(self, uri: str, out: Path, record: SweepRecord, *, log_models: bool = False):
         self.problem: str | None = None
         self.guard: Guard | None = None
-        self._bridge = Bridge(uri, out)
+        self._bridge = Bridge(uri, out, log_models)
         self._record = record
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="mlflow-mirror", daemon=True)

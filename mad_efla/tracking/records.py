@@ -12,6 +12,7 @@ mixer does not have, are `token_mixer.*` and come behind `optim.lr`, `seed` and 
 import csv
 import getpass
 import io
+import json
 import math
 import re
 from collections import Counter
@@ -212,6 +213,22 @@ def leaderboard_csv(rows: list[list[str]]) -> str:
     return text.getvalue()
 
 
+def leaderboard_json(rows: list[list[str]]) -> str:
+    """Write a leaderboard as `mlflow.load_table` reads it; numbers are numbers."""
+    return json.dumps({"columns": HEADER, "data": [[_value(cell) for cell in row] for row in rows]})
+
+
+TABLE_TAG = {"mlflow.loggedArtifacts": '[{"path": "leaderboard.json", "type": "table"}]'}
+"""What `mlflow.log_table` tags a run with, so that the page shows its table."""
+
+
+def _value(cell: str) -> float | str | None:
+    try:
+        return float(cell) if cell else None
+    except ValueError:
+        return cell
+
+
 EXPERIMENT_NOTE = """\
 Runs of the task **{task}**, mirrored by mad-efla from its run folders.
 
@@ -229,6 +246,13 @@ A *sweep* is a parent run; its *cells* (tag `mad.role` = `cell`) are one trainin
 | `test_under/...` | accuracy on corrupted test data; the step is 100 times the severity |
 | `test_area/...` | the mean of that curve; `test_half/...` the severity at which it has halved |
 | `val_chosen/...` | the validation split under the weights that were scored |
+| `spectrum/eigenvalue_mean` | share of the state that a token keeps along its key |
+| `spectrum/saturated`, `.../beyond_euler` | share of tokens with x > 4, and with x > 2 |
+| `spectrum/horizon_p50` | tokens after which half of the heads have forgotten, at most L/2 |
+| `spectrum/horizon_beyond` | share of heads that remember longer than that |
+| `spectrum/state_effective_rank` | directions of the state in use at the end of a sequence |
+| `spectrum/state_capacity_used` | the same as a share of what the state could hold |
+| `spectrum/reach_distance`, `.../reach_entropy` | how far back and how widely attention looks |
 
 Scores of different protocols (tag `mad.protocol`) are not comparable.
 """

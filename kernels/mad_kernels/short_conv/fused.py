@@ -11,11 +11,14 @@ the library's own takes three to four times as long in bfloat16, and no less in 
 Source: arXiv 2312.00752, the convolution before the state space.
 """
 
+from typing import no_type_check
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, pad, silu
+
+from mad_kernels.custom_ops import first_order_only
 
 
 def short_conv_fused(
@@ -30,33 +33,39 @@ def short_conv_fused(
     final = line[:, x.shape[1] :].mT
     if x.numel() == 0:  # the library refuses an image without pixels
         return x.clone(), final
-    return _ShortConv.apply(line, weight, bias, activation == "silu"), final
+    z = _ShortConv.apply(line, weight, bias)
+    return silu(z) if activation == "silu" else z, final
+
+
+@no_type_check
+def _backward(line, weight, bias, dz):
+    L, K = dz.shape[1], weight.shape[1]
+    d_line = _convolve(pad(dz, (0, 0, K - 1, K - 1)), weight.flip(-1).to(dz.dtype), None)
+    taps = [(dz * line[:, j : j + L]).sum((0, 1)) for j in range(K)]
+    d_weight = torch.stack(taps, dim=1).to(weight.dtype)
+    return d_line, d_weight, None if bias is None else dz.sum((0, 1)).to(bias.dtype)
+
+
+_pull = first_order_only(_backward, "short_conv")
 
 
 class _ShortConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, line, weight, bias, activate):
-        z = _convolve(line, weight.to(line.dtype), None if bias is None else bias.to(line.dtype))
-        ctx.activate = activate
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(line, weight, z if activate else None)
-        return silu(z) if activate else z
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        line, weight, z = ctx.saved_tensors
-        dz = torch.ops.aten.silu_backward(dy, z) if ctx.activate else dy
-        L, K = dz.shape[1], weight.shape[1]
-        d_line = d_weight = d_bias = None
-        if ctx.needs_input_grad[0]:
-            d_line = _convolve(pad(dz, (0, 0, K - 1, K - 1)), weight.flip(-1).to(dz.dtype), None)
-        if ctx.needs_input_grad[1]:
-            taps = [(dz * line[:, j : j + L]).sum((0, 1)) for j in range(K)]
-            d_weight = torch.stack(taps, dim=1).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            d_bias = dz.sum((0, 1)).to(ctx.bias_dtype)
-        return d_line, d_weight, d_bias, None
+    @no_type_check
+    def forward(line, weight, bias):
+        return _convolve(line, weight.to(line.dtype), None if bias is None else bias.to(line.dtype))
+
+    @staticmethod
+    @no_type_check
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @no_type_check
+    def backward(ctx, dz):
+        return _pull(*ctx.saved_tensors, dz)
 
 
 def _convolve(line: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:

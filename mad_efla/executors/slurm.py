@@ -1,0 +1,131 @@
+"""Runs as one job array of a Slurm cluster, through submitit and a folder that all nodes share.
+
+A job makes one run on one core, and on a GPU of its own. Partition, account and time are sbatch's
+own to ask for, by its variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT. Slurm's logs
+are in `slurm/` beside the runs. A job that Slurm stops at its time limit, or takes the node from,
+is queued again and goes on from the run's checkpoint.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+
+from mad_efla import execute
+from mad_efla.config import ConfigError
+from mad_efla.estimate import Costs
+from mad_efla.execute import NO_LIMITS, Watch, Work
+from mad_efla.executors import follow
+from mad_efla.run import Limits, RunConfig
+from mad_efla.store import RunFolder
+
+try:
+    import submitit
+except ImportError:
+    raise ConfigError(
+        "--executor slurm: needs the package submitit; pip install 'mad-efla[slurm]'"
+    ) from None
+
+AT_ONCE = 256  # jobs of the array, unless --workers says otherwise
+
+
+class Slurm:
+    """A Slurm cluster, as it is reached from this machine.
+
+    Args:
+        device: `cpu`, `cuda`, or `auto` for what this machine has. A login node without a GPU may
+            ask for `cuda`; `train.precision: auto` then means bfloat16.
+        workers: Jobs at once; 256 by default.
+        per_device: Must be 1.
+        cluster: `slurm`, or `local` for processes of this machine, as the tests do.
+
+    Raises:
+        ConfigError: There is no `sbatch` here, or several runs are to share a GPU.
+    """
+
+    def __init__(self, device: str, workers: int | None, per_device: int, cluster: str = "slurm"):
+        if cluster == "slurm" and not shutil.which("sbatch"):
+            raise ConfigError(
+                "--executor slurm: there is no sbatch on this machine; call it where jobs are "
+                "submitted"
+            )
+        if per_device != 1:
+            raise ConfigError(
+                f"--per-device {per_device}: a Slurm job has its GPU for itself; use --executor "
+                "local or ray inside one allocation"
+            )
+        self.cluster, self.slots = cluster, workers or AT_ONCE
+        self.device = device if device == "cuda" else execute.resolve_device(device)
+        here = self.device == "cpu" or torch.cuda.is_available()
+        self.precision = execute.resolve_precision(self.device) if here else "bfloat16"
+
+    def execute(
+        self,
+        runs: list[RunConfig],
+        out: Path,
+        *,
+        watch: Watch = lambda events: None,
+        deadline: float = math.inf,
+        limits: Limits = NO_LIMITS,
+        costs: Costs | None = None,
+    ) -> None:
+        """See `Executor`; `out` must be seen by all nodes."""
+        work = Work(runs, out, costs or Costs(runs))
+        longest_first = list(work)
+        for run in longest_first:
+            RunFolder(out, run.fingerprint).create(run)
+        executor = submitit.AutoExecutor(out.resolve() / "slurm", cluster=self.cluster)
+        executor.update_parameters(
+            name="mad-efla", timeout_min=24 * 60, slurm_array_parallelism=self.slots,
+            cpus_per_task=1, gpus_per_node=int(self.device == "cuda"),
+        )  # fmt: skip
+        names = [r.fingerprint for r in longest_first]
+        make = _Make(str(out.resolve()), self.device, limits)
+        with execute.terminate_as_interrupt():
+            jobs = dict(zip(names, executor.map_array(make, names), strict=True))
+            try:
+                follow(
+                    work, longest_first, watch=watch, deadline=deadline, slots=lambda: self.slots,
+                    ended=lambda run: _ended(jobs[run.fingerprint], out, run),
+                )  # fmt: skip
+            finally:
+                for job in jobs.values():
+                    if not job.done():
+                        job.cancel(check=False)  # SIGTERM, and SIGKILL later
+                execute.mark_interrupted(runs, out)
+
+
+def _ended(job: submitit.Job, out: Path, run: RunConfig) -> bool:
+    """Tell whether a job is over; one that died without a word is a failure of its run."""
+    if not job.done():
+        return False
+    folder = RunFolder(out, run.fingerprint)
+    error = job.exception()
+    if error is not None and folder.result() is None and folder.failure() is None:
+        folder.fail("failed", f"its job died: {job.state}", str(error), transient=True)
+    return True
+
+
+class _Make:
+    """Make one run in a job; submitit asks `checkpoint` what to queue when Slurm stops it."""
+
+    def __init__(self, out: str, device: str, limits: Limits):
+        self.out, self.device, self.limits = out, device, limits
+
+    def __call__(self, fingerprint: str) -> None:
+        asked: list[int] = []
+        for stop in (signal.SIGTERM, signal.SIGINT):  # scancel, and a cancelled local job
+            signal.signal(stop, lambda number, frame: asked.append(number))
+        os.environ.update(execute.ALLOCATOR | os.environ)
+        torch.set_num_threads(1)
+        folder = RunFolder(Path(self.out), fingerprint)
+        with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
+            about = execute.environment(self.device)
+            execute.attempt(folder, self.device, about, lambda: bool(asked), self.limits)
+
+    def checkpoint(self, fingerprint: str) -> submitit.helpers.DelayedSubmission:
+        return submitit.helpers.DelayedSubmission(self, fingerprint)

@@ -1,0 +1,93 @@
+"""How busy a sweep keeps the cores, and what its driver costs: `make busy` and `make thousand`.
+
+A sweep of tiny runs is started as a user would, with MLflow on, and watched from outside, by what
+the system says of its processes: the share of the cores that the workers use in each window, the
+processor time and the memory of the driver, and the time from the call to its end.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+from mad_efla.store import RunFolder, read_sweeps
+from tests.stress import PLAN, TASK, _workers
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Watched:
+    """A sweep under way, and the processor seconds of its driver and workers."""
+
+    def __init__(self, folder: Path, runs: int, steps: int, workers: int):
+        (folder / "task.yaml").write_text(TASK)
+        (folder / "plan.yaml").write_text(PLAN.format(seeds=list(range(runs // 2)), steps=steps))
+        arguments = ["sweep", "task.yaml", "--plan", "plan.yaml", "--workers", str(workers)]
+        with (folder / "log").open("w") as log:
+            self.driver = subprocess.Popen(
+                [Path(sys.executable).with_name("mad-efla"), *arguments],
+                cwd=folder, stdout=log, stderr=log,
+            )  # fmt: skip
+        self._workers: dict[int, float] = {}
+        self.driver_seconds = self.driver_mib = 0.0
+
+    def look(self) -> float:
+        """Return the processor seconds that all workers have used so far."""
+        try:
+            self.driver_seconds = _seconds(self.driver.pid)
+            status = Path(f"/proc/{self.driver.pid}/status").read_text()
+            self.driver_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
+            for pid in _workers(self.driver.pid):
+                self._workers[pid] = _seconds(pid)
+        except (OSError, IndexError):  # it has just ended
+            pass
+        return sum(self._workers.values())
+
+
+def _seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+@click.command()
+@click.option("--runs", default=100, show_default=True)
+@click.option("--steps", default=1200, show_default=True)
+@click.option("--workers", default=2, show_default=True)
+@click.option("--window", default=10.0, show_default=True, help="Seconds.")
+def main(runs: int, steps: int, workers: int, window: float) -> None:
+    """Run a sweep, print how busy it kept the cores, and what the driver used."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, begun = Path(name), time.monotonic()
+        watched = Watched(folder, runs, steps, workers)
+        before, since, shares = 0.0, begun, []
+        while watched.driver.poll() is None:
+            time.sleep(0.2)
+            used, now = watched.look(), time.monotonic()
+            if now - since >= window:
+                shares.append((now - begun, (used - before) / (now - since) / workers))
+                click.echo(f"{shares[-1][0]:7.0f} s  workers used {100 * shares[-1][1]:5.1f} %")
+                before, since = used, now
+        wall = time.monotonic() - begun
+        (record,) = read_sweeps(folder / "runs")
+        done = [RunFolder(folder / "runs", f).status() for f in record.fingerprints]
+    middle = [share for at, share in shares[1:] if at < wall - 60]
+    finished = done.count("finished")
+    click.echo(f"runs         {finished} of {runs} finished, {watched.driver.returncode=}")
+    click.echo(f"wall time    {wall:.1f} s, {1000 * wall / runs:.0f} ms a run")
+    if middle:
+        click.echo(
+            f"least busy   {100 * min(middle):.1f} % from the second window to the last minute"
+        )
+    cost = 1000 * watched.driver_seconds / runs
+    click.echo(
+        f"driver       {cost:.1f} ms of a processor a run, {watched.driver_mib:.0f} MiB at most"
+    )
+    sys.exit(finished < runs)
+
+
+if __name__ == "__main__":
+    main()
