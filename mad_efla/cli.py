@@ -542,6 +542,65 @@ def _log_figures(
         raise ConfigError(report.problem)
 
 
+@cli.command()
+@click.argument("runs", type=click.Path(path_type=Path), default=OUT)
+@_options(
+    click.option("--plan", help="Whose runs, where RUNS holds those of several plans."),
+    click.option(
+        "--mixer", "mixers", multiple=True, metavar="LABEL",
+        help="Which, by the label in the tables. Repeatable.  [default: all]",
+    ),
+    click.option("--corruption", default="intensity", show_default=True, help="By its name."),
+    click.option(
+        "--severity", type=float, metavar="S",
+        help="At which parts are exchanged.  [default: the largest]",
+    ),
+    click.option(
+        "--parts", "groups", multiple=True, metavar="A+B",
+        help="Parts exchanged together, as in erase+write. Repeatable.  [default: each alone]",
+    ),
+    click.option(
+        "--examples", type=click.IntRange(1), default=16, show_default=True, metavar="N",
+        help="Sequences that are diagnosed.",
+    ),
+    click.option(
+        "--to", type=click.Path(path_type=Path, file_okay=False), default="figures",
+        show_default=True, help="Folder for the figures; those of the same name are replaced.",
+    ),
+    _data_dir,
+)  # fmt: skip
+@_says_errors
+def causes(
+    runs: Path, plan: str | None, mixers: tuple[str, ...], corruption: str,
+    severity: float | None, groups: tuple[str, ...], examples: int, to: Path,
+) -> None:  # fmt: skip
+    """Find out why mixers fail on corrupted inputs: what their layers do, which part did it.
+
+    Of each mixer the runs at its chosen grid point, all seeds. Layers of the delta family are taken
+    apart: each part is computed from the corrupted input alone, and from the clean one alone.
+
+    \b
+    mad-efla causes runs --mixer plain_efla --mixer plain_deltanet --corruption intensity
+    """
+    from mad_efla import causes, display, figures
+    from mad_efla.figures import robustness
+
+    arms = causes.choose(runs, plan, mixers)
+    parts = [tuple(name.strip() for name in group.split("+")) for group in groups]
+    found = [
+        causes.account(runs, arm, corruption, severity, groups=parts, examples=examples)
+        for arm in arms
+    ]
+    for table in display.accounts(found):
+        display.stdout().print(table)
+    drawn = {f"{corruption}-states": robustness.states(found)}
+    if any(account.blames for account in found):
+        drawn[f"{corruption}-blame"] = robustness.blame(found)
+    for name, figure in drawn.items():
+        for path in figures.save(figure, to / name):
+            click.echo(path)
+
+
 @cli.group()
 def bench() -> None:
     """Measure this machine, side by side in one process."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mad_efla.bench import StepTime
+from mad_efla.causes import Account
 from mad_efla.contract import Finding
 from mad_efla.estimate import Costs
 from mad_efla.execute import Event
@@ -28,6 +29,10 @@ PLAIN_WIDTH = 140  # columns, where stdout is no terminal
 _MOST_ROWS = 100  # of runs one by one
 _PLAIN_SECONDS = 15.0  # between lines about running runs, where stderr is no terminal
 
+_ACCOUNTED = (
+    "accuracy", "lambda_mean", "beta_mean", "x_mean", "erase_mean", "wiped", "saturated",
+    "state_log_norm_max", "state_effective_rank", "keys_square_cosine", "gain_noise",
+)  # fmt: skip
 _ROLES = {"key": "bold cyan", "value": "green"}
 _ROLES |= dict.fromkeys(("copy", "insert", "compress"), "bold magenta")
 _ROLES |= dict.fromkeys(("noise", "blank", "pad", "filler"), "dim")
@@ -196,6 +201,32 @@ def results(lines: list[Line], title: str) -> Table:
         previous = line.setting
         table.add_row(setting, *_cells(line), *[_point(line)] * point, *[line.missing] * missing)
     return table
+
+
+def accounts(found: list[Account]) -> list[Table]:
+    """Draw what layers do over the severities of a corruption, and which parts are to blame."""
+    first = found[0]
+    tables = []
+    for account in found:
+        title = f"{account.mixer} under {account.corruption}"
+        table = Table("mean over seeds", title=title, title_justify="left")
+        for severity in account.severities:
+            table.add_column(f"{severity:g}", justify="right")
+        for name, values in account.scalars.items():
+            if name in _ACCOUNTED:
+                table.add_row(name, *(f"{value:.3g}" for value in values))
+        tables.append(table)
+    blamed = [account for account in found if account.blames]
+    if blamed:
+        title = f"test accuracy % at {first.corruption} {first.severity:g}: with only this part "
+        table = Table("part", title=title + "corrupted / set back", title_justify="left")
+        for account in blamed:
+            table.add_column(account.mixer, justify="right")
+        for part in blamed[0].blames:
+            cells = [account.blames[part] for account in blamed]
+            table.add_row(part, *(f"{100 * a.mean:.1f} / {100 * m.mean:.1f}" for a, m in cells))
+        tables.append(table)
+    return tables
 
 
 def _cells(line: Line) -> list[str]:

@@ -19,8 +19,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from mad_efla import config, figures, leaderboard, results, scores, store
+from mad_efla import config, figures, leaderboard, results, robustness, scores, store
 from mad_efla.config import ConfigError
+from mad_efla.figures import robustness as corrupted
 from mad_efla.figures import spectra, sweeps
 from mad_efla.figures.sweeps import Curve, Panel, Point
 from mad_efla.leaderboard import Difference, Leaderboard
@@ -193,6 +194,7 @@ def _chapter(part: _Part, pictures: "_Pictures", number: int) -> Chapter:
         Section("Scores", _scores(part, pictures)),
         Section("Settings", _settings(part), _SETTINGS),
         Section("Difficulty", _difficulty(part, pictures)),
+        Section("Corruption", _corruption(part, pictures)),
         Section("Learning", _learning(part, pictures)),
         Section("Memory", _memory(part, pictures)),
         Section("Learning rate", _learning_rate(part, pictures)),
@@ -325,6 +327,27 @@ def _sizes(part: _Part) -> Table:
 
 
 # ------------------------------------------------------------------ curves
+
+
+def _corruption(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
+    """Draw what becomes of accuracy under corruption, for tasks that score it."""
+    found = robustness.arms(part.runs, part.results)
+    blocks: list[Picture | Table] = []
+    for task, setting in dict.fromkeys((arm.task, arm.setting) for arm in found):
+        own = [arm for arm in found if (arm.task, arm.setting) == (task, setting)]
+        groups = corrupted.chunks([arm.mixer for arm in own])
+        for i, names in enumerate(groups):
+            drawn = [arm for arm in own if arm.mixer in names]
+            where = f"{task}, {setting}" + (f", part {i + 1} of {len(groups)}" * (len(groups) > 1))
+            blocks.append(pictures.draw(
+                f"corruption-{task}-{setting}-{i}",
+                f"{where}: test accuracy over the severity of each corruption, means over seeds "
+                "and 95 % intervals; weights and learning rate chosen on clean validation data.",
+                lambda width, drawn=drawn: corrupted.curves(drawn, width=width),
+            ))  # fmt: skip
+    if found:
+        blocks += [Table(*table) for table in results.corruption_tables(found)]
+    return blocks
 
 
 def _difficulty(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:

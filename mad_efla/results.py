@@ -11,10 +11,12 @@ import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from mad_efla import config, leaderboard, scores
+from mad_efla import config, leaderboard, robustness, scores
 from mad_efla.config import ConfigError
 from mad_efla.leaderboard import Leaderboard
+from mad_efla.robustness import Arm
 from mad_efla.run import RunConfig
 from mad_efla.scores import Interval, Line
 from mad_efla.store import Result, RunFolder, SweepRecord, finished, read_sweeps
@@ -71,6 +73,8 @@ def _section(plan: str, records: list[SweepRecord], out: Path, readings: Path | 
     for task in sorted({r.task.name for r in runs}):
         own = [r for r in runs if r.task.name == task]
         parts.append(f"### {task}\n\n" + _settings(scores.table(own, results)))
+        for table in corruption_tables(robustness.arms(own, results)):
+            parts.append(table.caption + "\n\n" + _table(table.header, table.rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -182,6 +186,53 @@ def _settings(lines: list[Line]) -> str:
             row.append(_percent(line.accuracy, best) + missing if line else "")
         rows.append(row)
     return _table(["setting", *mixers], rows)
+
+
+class Corrupted(NamedTuple):
+    """A table of what corruption does: its caption, the heads of its columns, and its rows."""
+
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def corruption_tables(arms: list[Arm]) -> list[Corrupted]:
+    """Tabulate areas, then halves, of the mixers that were probed; none where none was."""
+    if not arms:
+        return []
+    names = list(dict.fromkeys(name for arm in arms for name in arm.curves))
+    labels = ["task", "setting", "mixer"]
+    told = [f for f in labels if f == "mixer" or len({getattr(a, f) for a in arms}) > 1]
+    areas, halves = [], []
+    for arm in arms:
+        label = [getattr(arm, field) for field in told]
+        found = [arm.curves.get(name) for name in names]
+        scored = [arm.clean, arm.mean_area, *(c.area if c else None for c in found)]
+        cells = [_percent(score) for score in scored]
+        areas.append([*label, f"{arm.runs[0].optim.lr:g}", *cells])
+        halves.append([*label, *(halved(c) if c else "" for c in found)])
+    return [
+        Corrupted(
+            "Accuracy in percent on the clean test split, and its mean over the range of each "
+            "corruption's severity (the area under its curve), before them the mean of these. The "
+            "learning rate is the one chosen on clean validation data.",
+            [*told, "learning rate", "clean", "mean area", *names],
+            areas,
+        ),
+        Corrupted(
+            "Severity at which accuracy is half of what it is without the corruption: median "
+            "[least, largest] over seeds.",
+            [*told, *names],
+            halves,
+        ),
+    ]
+
+
+def halved(curve: robustness.Curve) -> str:
+    """Write the severity at which a curve halves; beyond the grid it is `> 10`."""
+    last = curve.severities[-1]
+    median, least, largest = (f"{h:.3g}" if h <= last else f"> {last:g}" for h in curve.half)
+    return median if least == largest else f"{median} [{least}, {largest}]"
 
 
 def _percent(value: Interval | None, best: float | None = None) -> str:

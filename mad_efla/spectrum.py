@@ -33,7 +33,8 @@ from mad_efla.mixers import Mixer
 from mad_efla.model import Backbone, TokenEmbedding
 
 SATURATED = 4.0
-"""x beyond which a step forgets all but 2 % of what lies under its key."""
+"""x beyond which an exact step forgets all but 2 % of what lies under its key; `wiped` counts the
+tokens that do, whatever their step."""
 EULER_LIMIT = 2.0
 """x beyond which an Euler step makes the state grow along its key."""
 
@@ -657,7 +658,10 @@ def _finite(memory: Dynamics | AttentionTrace) -> bool:
 
 
 def _token_scalars(tokens: PerToken) -> dict[str, Tensor]:
-    found = _eigenvalue_scalars(tokens) | {"erase_mean": tokens.erase}
+    found = _eigenvalue_scalars(tokens) | {
+        "erase_mean": tokens.erase,
+        "wiped": (tokens.erase > 1 - math.exp(-SATURATED)).double(),
+    }
     if tokens.key_square is not None and tokens.beta is not None:
         found |= {"lambda_mean": tokens.key_square, "beta_mean": tokens.beta}
     if (x := tokens.x) is not None:

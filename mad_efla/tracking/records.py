@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from mad_efla import scores
+from mad_efla import robustness, scores
+from mad_efla.corruptions import NEUTRAL
 from mad_efla.run import RunConfig
 from mad_efla.store import Result, Row, Status, SweepRecord
 
@@ -68,13 +69,24 @@ def summary(result: Result) -> dict[str, float]:
         found |= {f"val_chosen/{name}": getattr(result.validation, name) for name in _SCORES}
     for name in _NUMBERS:
         found[f"total/{name}"] = getattr(result, name)
+    for name, curve in robustness.curves(result).items():
+        found[f"test_area/{name}"] = robustness.area(*curve)
+        found[f"test_half/{name}"] = robustness.half(*curve, NEUTRAL.get(name, 0.0))
     found["total/diverged"] = float(result.status == "diverged")
     return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
 
 
 def points(rows: Iterable[Row], result: Result | None) -> list[Point]:
-    """Return every value there is of a run: its result's numbers, then its curves."""
-    found = [Point(k, v, result.ended, 0) for k, v in summary(result).items()] if result else []
+    """Return every value there is of a run: its result's numbers, then its curves.
+
+    Those under corruption have a hundredth of the severity for a step.
+    """
+    found = []
+    if result:
+        found = [Point(k, v, result.ended, 0) for k, v in summary(result).items()]
+        for probe in result.probes:
+            step = round(100 * probe.severity)
+            found.append(Point(f"test_under/{probe.name}", probe.accuracy, result.ended, step))
     return found + [Point(k, v, row.time, row.step) for row in rows for k, v in row.metrics.items()]
 
 
@@ -231,6 +243,8 @@ A *sweep* is a parent run; its *cells* (tag `mad.role` = `cell`) are one trainin
 | `total/state_size` | numbers the mixers carry from token to token |
 | `total/diverged` | 1 where the loss stopped being finite |
 | `train/...`, `val/...` | curves over steps |
+| `test_under/...` | accuracy on corrupted test data; the step is 100 times the severity |
+| `test_area/...` | the mean of that curve; `test_half/...` the severity at which it has halved |
 | `val_chosen/...` | the validation split under the weights that were scored |
 | `spectrum/eigenvalue_mean` | share of the state that a token keeps along its key |
 | `spectrum/saturated`, `.../beyond_euler` | share of tokens with x > 4, and with x > 2 |
