@@ -152,12 +152,31 @@ def test_the_longest_that_is_left_goes_first_and_ends_teach_what_is_long(tmp_pat
     seen = run_all(runs, tmp_path, workers=0, costs=costs)
     assert [f for f, s in seen if s == "running"] == [runs[i].fingerprint for i in (1, 2, 0)]
     assert not (tmp_path / "runs" / "data").exists()
-    work = execute._Work([tiny(seed=8, train__steps=n) for n in (5, 20)], tmp_path, Costs([]))
+    work = execute.Work([tiny(seed=8, train__steps=n) for n in (5, 20)], tmp_path, Costs([]))
     slow, quick = work.waiting.values()
     work.costs = Costs([slow, quick])
     work.costs.learn(slow.fingerprint, result(slow.fingerprint, seconds=100.0, steps=5))
     work.costs.learn(quick.fingerprint, result(quick.fingerprint, seconds=1.0, steps=20))
     assert work.next() is slow
+
+
+class _Prunes(execute.Work):
+    def verdict(self, run):
+        logged = run.steps > 1000 and RunFolder(self.out, run.fingerprint).rows()[0]
+        return "pruned at step 10" if logged else ""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_verdict_ends_a_run_with_its_checkpoint_and_the_worker_goes_on(tmp_path, workers):
+    long, short = tiny(train__steps=100_000), tiny()
+    work = _Prunes([long, short], tmp_path, Costs([long, short]))
+    seen = []
+    execute.perform(work, device="cpu", workers=workers, watch=seen.extend)
+    ends = {e.run.steps: e.status for e in seen if e.status != "running"}
+    assert ends == {100_000: "pruned", 30: "finished"}
+    folder = RunFolder(tmp_path, long.fingerprint)
+    assert folder.failure().reason == "pruned at step 10"
+    assert folder.load_checkpoint()["step"] >= 10
 
 
 def test_a_run_held_by_another_process_is_waited_for(tmp_path):
