@@ -234,6 +234,28 @@ def test_stopping_the_driver_stops_the_workers_and_loses_nothing(tmp_path, numbe
         assert "stopped after step" in folder.failure().reason
 
 
+def test_ctrl_c_again_does_not_wait_for_a_step_that_hangs(tmp_path, plugin):
+    (tmp_path / "driver.py").write_text(
+        DRIVER.replace("tiny(seed=s, train__steps=100_000) for s in range(2)",
+                       "tiny(mixers=[{'name': 'broken:Hangs', 'heads': 2}])")
+        .replace("workers=2", "workers=1")
+    )  # fmt: skip
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = f"{tmp_path}{os.pathsep}{root}"
+    driver = subprocess.Popen(
+        [sys.executable, "driver.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
+    )
+    folder = RunFolder(tmp_path / "runs", broken("Hangs").fingerprint)
+    _wait(lambda: folder.status() == "running")
+    driver.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        driver.wait(3)
+    assert folder.status() == "running"
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(20) == 130
+    assert folder.status() == "waiting"  # it has logged nothing
+
+
 def _wait(true, seconds=60):
     deadline = time.monotonic() + seconds
     while not true():
