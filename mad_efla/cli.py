@@ -188,6 +188,10 @@ def _dry_run(sweeps: "list[Sweep]", out: Path, slots: int) -> None:
         )
     sizes = {f: s for w in sweeps for f, s in w.sizes.items()}
     guess = estimate.estimate(runs, out, sizes, slots)
+    if search := sweeps[0].search:
+        console.print(f"search {search.method}: {search.trials} trials like each of these, "
+                      f"over {', '.join(search.over)}")  # fmt: skip
+        guess = guess._replace(seconds=guess.seconds * search.trials)
     same = f"protocol {sweeps[0].protocol}, precision {runs[0].train.precision}"
     console.print(
         f"{len(runs)} runs, {guess.done} of them done; {same}; "
@@ -224,7 +228,10 @@ def _sweep(
         try:
             settled = done.keys() | (set() if retry_failed else store.given_up(out, runs))
             waiting = [r for r in runs if r.fingerprint not in settled]
-            if waiting:
+            if sweeps[0].search:
+                for found, record in zip(sweeps, records, strict=True):
+                    _explore(found, record, out, runner, deadline)
+            elif waiting:
                 costs = estimate.Costs(runs).read(out)
                 with display.Follow(runs, waiting, costs, runner.slots) as follow:
                     runner.execute(
@@ -237,8 +244,7 @@ def _sweep(
         except KeyboardInterrupt:
             interrupted = True
             err.print("interrupted: finished runs stay; the same command goes on", markup=False)
-        for record in records:
-            store.write_sweep(out, record.model_copy(update={"ended": store.now()}))
+        sweeps = [_ended(found, out) for found in sweeps]
         failed = _print_results(sweeps, out)
         if mirrors and told.figures and not interrupted:
             _draw(records, out)
@@ -248,17 +254,48 @@ def _sweep(
     return 130 if interrupted else 1 if failed else 0
 
 
+def _explore(
+    found: "Sweep", record: "SweepRecord", out: Path, runner: "Executor", deadline: float
+) -> None:
+    """Make the trials of a sweep that searches."""
+    from mad_efla import display, estimate, executors, search
+
+    if not isinstance(runner, executors.Local):
+        raise ConfigError(
+            f"plan {found.plan}: search proposes a trial when a worker of this machine is free; "
+            "use --executor local"
+        )
+    work = search.Explore(found, record, out, estimate.Costs([]))
+    with display.Follow(work.runs, list(work.waiting.values()), work.costs, runner.slots,
+                        work.total) as follow:  # fmt: skip
+        runner.perform(work, watch=follow.update, deadline=deadline, limits=found.limits)
+
+
+def _ended(found: "Sweep", out: Path) -> "Sweep":
+    """Write that a call has ended; return the sweep with the runs that it has by now."""
+    from mad_efla import store
+
+    (record,) = (r for r in store.read_sweeps(out) if r.id == found.id)
+    store.write_sweep(out, record.model_copy(update={"ended": store.now()}))
+    if not found.search:
+        return found
+    return found._replace(runs=[store.RunFolder(out, f).run() for f in record.fingerprints])
+
+
 def _record(found: "Sweep", out: Path) -> "SweepRecord":
     from mad_efla import store
 
     known = {r.id: r for r in store.read_sweeps(out)}
+    fingerprints = tuple(r.fingerprint for r in found.runs)
+    if found.search:  # its trials so far, in their order
+        fingerprints = known[found.id].fingerprints if found.id in known else ()
     record = store.SweepRecord(
         id=found.id,
         task=found.task,
         plan=found.plan,
         protocol=found.protocol,
         command=shlex.join(["mad-efla", *sys.argv[1:]]),
-        fingerprints=tuple(r.fingerprint for r in found.runs),
+        fingerprints=fingerprints,
         started=known[found.id].started if found.id in known else store.now(),
         ended=None,
     )
@@ -277,12 +314,16 @@ def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
         title = f"{found.task}, plan {found.plan}, protocol {found.protocol}"
         if lines:
             console.print(display.results(lines, title))
-        if len(results) < len(found.runs):
-            absent = len(found.runs) - len(results)
-            err.print(f"{absent} of {len(found.runs)} runs have no result", highlight=False)
-        for run in found.runs:
+        absent = [r for r in found.runs if r.fingerprint not in results]
+        standing = {r.fingerprint: store.RunFolder(out, r.fingerprint).status() for r in absent}
+        if pruned := list(standing.values()).count("pruned"):
+            err.print(f"{pruned} of {len(found.runs)} runs were pruned", highlight=False)
+        if len(absent) > pruned:
+            text = f"{len(absent) - pruned} of {len(found.runs)} runs have no result"
+            err.print(text, highlight=False)
+        for run in absent:
             folder = store.RunFolder(out, run.fingerprint)
-            if run.fingerprint not in results and folder.status() == "failed":
+            if standing[run.fingerprint] == "failed":
                 failed = True
                 text = display.failure(run, folder)
                 err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)

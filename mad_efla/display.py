@@ -63,18 +63,25 @@ class Follow:
         waiting: Those that are to be made.
         costs: What they cost, as far as is known; told the pace of what runs.
         workers: How many run at a time.
+        total: How many there will be, if runs are proposed on the way.
     """
 
-    def __init__(self, runs: list[RunConfig], waiting: list[RunConfig], costs: Costs, workers: int):
+    def __init__(
+        self, runs: list[RunConfig], waiting: list[RunConfig], costs: Costs, workers: int,
+        total: int | None = None,
+    ):  # fmt: skip
         self.console = stderr()
         self.costs, self.workers = costs, workers
         self.waiting = {r.fingerprint for r in waiting}
-        self.total = len(runs)
+        self.total, self.proposed = total or len(runs), total is not None
+        self.ended, self.made = len(runs) - len(waiting), 0
         self.running: dict[str, tuple[RunConfig, int, dict[str, float]]] = {}
         self.offsets: dict[str, int] = {}
         self.said = time.monotonic()
         self.whole, self.cells = _bars(), _bars()
         self.tokens = sum(costs.tokens(r.fingerprint) for r in waiting)
+        if self.proposed:
+            self.tokens = self.total - self.ended
         self.bar = self.whole.add_task("sweep", total=self.tokens, note="starting workers")
         self.bars: dict[str, TaskID] = {}
         self.live: Live | None = None
@@ -122,6 +129,8 @@ class Follow:
         if key in self.bars:
             self.cells.remove_task(self.bars.pop(key))
         self.waiting.discard(key)
+        self.ended += 1
+        self.made += 1
         result, failure = event.folder.result(), event.folder.failure()
         if result and result.test:
             text = f"test accuracy {result.test.token_accuracy:.4f}, loss {result.test.loss:.4f}"
@@ -142,8 +151,10 @@ class Follow:
         self.whole.update(self.bar, completed=self._done(), note=note)
 
     def _done(self) -> float:
-        """Tokens that this call has made."""
+        """Tokens that this call has made; runs, where they are proposed on the way."""
         shares = self._shares()
+        if self.proposed:
+            return self.made + sum(shares.values())
         left = sum(self.costs.tokens(f) * (1 - shares.get(f, 0.0)) for f in self.waiting)
         return self.tokens - left
 
@@ -151,9 +162,11 @@ class Follow:
         return {key: step / run.steps for key, (run, step, _) in self.running.items()}
 
     def _count(self) -> str:
+        if self.proposed:
+            return f"{self.ended}/{self.total} trials"
         left = self.costs.left(self.waiting - self.running.keys(), self._shares(), self.workers)
         when = "time left not known yet" if left is None else f"{duration(left)} left"
-        return f"{self.total - len(self.waiting)}/{self.total} runs, {when}"
+        return f"{self.ended}/{self.total} runs, {when}"
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -464,7 +477,7 @@ def standing(found: Standing, costs: Costs) -> list[str]:
     record, total = found.record, len(found.record.fingerprints)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(found.counts.items()))
     lines = [f"{record.task}, plan {record.plan}: {total} runs: {counts}"]
-    if found.counts.get("finished", 0) + found.counts.get("diverged", 0) < total:
+    if found.waiting or found.running:
         workers = len(found.running)
         under_way = {r.fingerprint: row.step / r.steps if row else 0.0 for r, row in found.running}
         seconds = costs.left([r.fingerprint for r in found.waiting], under_way, workers)

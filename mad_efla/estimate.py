@@ -48,6 +48,10 @@ class Costs:
         self._pace: dict[_Point, float] = {}  # seconds per token of runs under way
         self._rates: dict[_Point, float | None] = {}  # what was looked up since the last lesson
 
+    def add(self, run: RunConfig) -> None:
+        """Take in a run that was not known before."""
+        self._kinds[run.fingerprint] = _kind(run)
+
     def read(self, out: Path) -> "Costs":
         """Learn from the results there are under `out`."""
         for fingerprint, result in store.finished(out, list(self._kinds)).items():

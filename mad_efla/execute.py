@@ -6,6 +6,7 @@ costs one attempt of one run, and all workers end together.
 """
 
 import contextlib
+import functools
 import math
 import multiprocessing
 import os
@@ -85,18 +86,31 @@ def execute(
         OutOfTime: The deadline passed; likewise.
         OSError: Nothing can be written any more.
     """
-    for run in runs:
-        RunFolder(out, run.fingerprint).create(run)
     work = Work(runs, out, costs or Costs(runs))
+    perform(
+        work, device=device, workers=workers, watch=watch, deadline=deadline, limits=limits
+    )  # fmt: skip
+
+
+def perform(
+    work: "Work",
+    *,
+    device: str,
+    workers: int,
+    watch: Watch = lambda events: None,
+    deadline: float = math.inf,
+    limits: Limits = NO_LIMITS,
+) -> None:
+    """Do work until there is none left; as `execute`, of which this is the general form."""
     about = environment(device)
     try:
         if workers == 0:
             _in_this_process(work, device, about, watch, deadline, limits)
         else:
             with terminate_as_interrupt():
-                _Pool(work, min(workers, len(runs)), device, about, limits).run(watch, deadline)
+                _Pool(work, min(workers, work.total), device, about, limits).run(watch, deadline)
     finally:
-        mark_interrupted(runs, out)
+        mark_interrupted(work.runs, work.out)
 
 
 def resolve_device(wish: str) -> str:
@@ -142,24 +156,40 @@ class Work:
     """The runs that are to be made: which is next, and what each one's end teaches.
 
     Args:
-        runs: They.
+        runs: What to run.
         out: The folder of run folders.
-        costs: What is known of their costs.
+        costs: What is known of the runs' costs.
     """
 
     def __init__(self, runs: list[RunConfig], out: Path, costs: Costs):
-        self.out, self.costs = out, costs
+        self.runs, self.out, self.costs = runs, out, costs
         self.waiting = {r.fingerprint: r for r in runs}
-        self._needs = shared.Needs(out / shared.FOLDER, runs)
+        self.needs = shared.Needs(out / shared.FOLDER, runs)
+        for run in runs:
+            RunFolder(out, run.fingerprint).create(run)
 
-    def next(self) -> RunConfig:
+    @property
+    def total(self) -> int:
+        """How many there are to be."""
+        return len(self.runs)
+
+    def next(self) -> RunConfig | None:
         """Take the longest that is left."""
-        return self.waiting.pop(self.costs.longest(self.waiting))
+        return self.waiting.pop(self.costs.longest(self.waiting)) if self.waiting else None
+
+    def again(self, run: RunConfig) -> None:
+        """Put a run back that has lost its worker."""
+        self.waiting[run.fingerprint] = run
+
+    def verdict(self, run: RunConfig) -> str:
+        """Say why a run under way should be ended; empty to let it go on."""
+        del run
+        return ""
 
     def __iter__(self) -> Iterator[RunConfig]:
         """Take one after the other."""
-        while self.waiting:
-            yield self.next()
+        while run := self.next():
+            yield run
 
     def ended(self, run: RunConfig) -> Event:
         """Take note that a run needs nothing more."""
@@ -167,7 +197,7 @@ class Work:
         result = folder.result()
         if result:
             self.costs.learn(run.fingerprint, result)
-        self._needs.drop(run)
+        self.needs.drop(run)
         return Event(run, folder.status(), folder)
 
 
@@ -176,10 +206,11 @@ class _Worker:
 
     Attributes:
         process: It.
-        pipe: Fingerprints go out; `began` and `ended` come back, or what a full disk says.
+        pipe: Runs go out; `began` and `ended` come back, or what a full disk says.
         run: What it makes; None while it is idle.
         meter: How long and how large its run has grown, from when it began.
         doomed: Why it was killed by us.
+        pruned: Whether its run was told to end.
     """
 
     def __init__(self, arguments: tuple[object, ...]):
@@ -188,7 +219,7 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
         self.run: RunConfig | None = None
         self.meter: _Meter | None = None
-        self.doomed = ""
+        self.doomed, self.pruned = "", False
         # Ctrl-C is the driver's business, from the worker's first moment on.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -199,9 +230,15 @@ class _Worker:
 
     def hand(self, run: RunConfig) -> None:
         """Give it a run; if it is dead by now, its end will be seen."""
-        self.run, self.meter = run, None
+        self.run, self.meter, self.pruned = run, None, False
         with contextlib.suppress(OSError):
-            self.pipe.send(run.fingerprint)
+            self.pipe.send(("run", run.fingerprint))
+
+    def prune(self, reason: str) -> None:
+        """Tell its run to end after the step it is at."""
+        self.pruned = True
+        with contextlib.suppress(OSError):
+            self.pipe.send(("prune", reason))
 
     def heard(self) -> list[Any]:
         """Return what it has said."""
@@ -243,8 +280,7 @@ class _Pool:
     def _hand_out(self) -> None:
         """Give idle workers what is left."""
         for worker in self._workers:
-            if worker.run is None and self._work.waiting:
-                run = self._work.next()
+            if worker.run is None and (run := self._work.next()):
                 self._attempts[run.fingerprint] = self._attempts.get(run.fingerprint, 0) + 1
                 worker.hand(run)
 
@@ -270,6 +306,8 @@ class _Pool:
         elif worker.meter and not worker.doomed and (reason := worker.meter.passed(_GRACE_SECONDS)):
             worker.doomed = reason
             worker.process.kill()
+        elif worker.run and not worker.pruned and (reason := self._work.verdict(worker.run)):
+            worker.prune(reason)
         return [self._work.ended(run)] if run and ended else []
 
     def _died(self, worker: _Worker, run: RunConfig) -> bool:
@@ -282,7 +320,7 @@ class _Pool:
             if reason and free:
                 folder.fail("failed", reason, "", transient=not worker.doomed)
                 return True
-        self._work.waiting[run.fingerprint] = run
+        self._work.again(run)
         return False
 
     def _stop(self) -> None:
@@ -315,6 +353,7 @@ def _how_it_ended(exitcode: int | None) -> str:
 def _serve(pipe: Connection, out: str, device: str, about: dict[str, str], limits: Limits) -> None:
     """Make runs until the driver has no more, says stop, or is dead."""
     asked: list[int] = []
+    pruned: list[str] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
@@ -323,12 +362,25 @@ def _serve(pipe: Connection, out: str, device: str, about: dict[str, str], limit
     def stop() -> bool:
         return bool(asked) or os.getppid() != driver
 
+    def verdict() -> str:
+        try:
+            while not pruned and pipe.poll():
+                pruned.append(pipe.recv()[1])
+        except (EOFError, OSError):
+            asked.append(0)  # the driver is dead
+        return pruned[0] if pruned else ""
+
     with contextlib.suppress(EOFError, OSError):  # the pipe is closed
         while not stop():
-            folder = RunFolder(Path(out), pipe.recv())
+            word, text = pipe.recv()
+            if word == "prune":  # it had ended before it heard of it
+                continue
+            pruned.clear()
+            folder = RunFolder(Path(out), text)
             try:
                 with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
-                    attempt(folder, device, about, stop, limits, lambda: pipe.send("began"))
+                    began = functools.partial(pipe.send, "began")
+                    attempt(folder, device, about, stop, limits, verdict, began)
             except OSError as error:  # not even the failure could be written
                 pipe.send(error)
             pipe.send("ended")
@@ -375,6 +427,7 @@ def attempt(
     about: dict[str, str],
     stop: Callable[[], bool],
     limits: Limits = NO_LIMITS,
+    verdict: Callable[[], str] = lambda: "",
     began: Callable[[], None] = lambda: None,
 ) -> None:
     """Make one run in this process; whatever goes wrong is in its folder.
@@ -385,6 +438,7 @@ def attempt(
         about: Of the surroundings, for the result.
         stop: Asked after every step; when true, a checkpoint is written and the run interrupted.
         limits: How long and how large it may grow.
+        verdict: Asked after every step: why a search ends it here; empty to go on.
         began: Called once the run is ours.
     """
     with contextlib.suppress(Fenced), _hold(folder, stop) as held:  # a run taken over is not ours
@@ -396,11 +450,15 @@ def attempt(
             folder.begin()
             train(
                 folder.run(), folder, device=device, environment=about,
-                stop=lambda: bool(meter.passed()) or stop(),
+                stop=lambda: stop() or bool(meter.passed() or verdict()),
             )  # fmt: skip
         except Interrupted as error:
-            reason = meter.passed()
-            folder.fail("failed" if reason else "interrupted", reason or str(error), "")
+            if reason := verdict():
+                folder.fail("pruned", reason, "")
+            elif reason := meter.passed():
+                folder.fail("failed", reason, "")
+            else:
+                folder.fail("interrupted", str(error), "")
         except Fenced:
             raise
         except Exception as error:
@@ -434,11 +492,13 @@ def _in_this_process(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        while work.waiting:
-            run = work.next()
+        while run := work.next():
             folder = RunFolder(work.out, run.fingerprint)
             watch([Event(run, "running", folder)])
-            attempt(folder, device, about, lambda: time.monotonic() > deadline, limits)
+            attempt(
+                folder, device, about, lambda: time.monotonic() > deadline, limits,
+                functools.partial(work.verdict, run),
+            )  # fmt: skip
             watch([work.ended(run)])
             if folder.result() is None and time.monotonic() > deadline:
                 raise OutOfTime

@@ -96,6 +96,22 @@ class Sample(Section):
         ]
 
 
+class Search(Section):
+    """Points that a sampler proposes one after the other, from what the earlier ones reached.
+
+    Attributes:
+        method: `tpe`, the tree-structured Parzen estimator (Bergstra et al. 2011).
+        trials: Runs of every mixer at every setting, equally many.
+        seed: Of the sampler; with one worker equal seeds give equal trials.
+        over: Field to range.
+    """
+
+    method: Literal["tpe"]
+    trials: int = Field(ge=1, le=1_000)
+    seed: int = Field(0, ge=0, lt=2**32)
+    over: dict[str, Range] = Field(min_length=1)
+
+
 class Points(Section):
     """The part of a plan that says what is varied.
 
@@ -104,6 +120,8 @@ class Points(Section):
         zip: Field to values, all equally many; taken side by side.
         cells: Mappings of field to value, each a point.
         sample: Points drawn from ranges.
+        search: Points proposed by a sampler, for exploring; stands alone.
+        prune: `hyperband` ends trials early whose validation accuracy lags behind.
         per_mixer: By mixer, fields whose values in `grid` are others for it.
         unmatched: Allow `per_mixer`; the runs then carry the protocol `unmatched`.
     """
@@ -112,6 +130,8 @@ class Points(Section):
     zip: dict[str, list[Any]] = Field(default_factory=dict)
     cells: list[dict[str, Any]] = Field(default_factory=list)
     sample: Sample | None = None
+    search: Search | None = None
+    prune: Literal["hyperband"] | None = None
     per_mixer: dict[str, dict[str, list[Any]]] = Field(default_factory=dict)
     unmatched: bool = False
 
@@ -127,6 +147,16 @@ def check(plan: Points, document: Document, mixers: list[str]) -> None:
     Raises:
         ConfigError: With the place and the cure.
     """
+    if plan.prune and not plan.search:
+        raise ConfigError(
+            f"{document.place(('prune',))}: prune={plan.prune} ends trials; it needs a search"
+        )
+    varied = [kind for kind, fields in _fields(plan) if fields and kind != "search"]
+    if plan.search and varied:
+        raise ConfigError(
+            f"{document.place(('search',))}: search proposes all points by itself; take out "
+            f"{', '.join(varied)}, or search"
+        )
     seen: dict[str, str] = {}
     for kind, fields in _fields(plan):
         for field in fields:
@@ -205,6 +235,7 @@ def _fields(plan: Points) -> list[tuple[str, list[str]]]:
         ("zip", list(plan.zip)),
         ("cells", list(cells)),
         ("sample", sampled),
+        ("search", list(plan.search.over) if plan.search else []),
     ]
 
 

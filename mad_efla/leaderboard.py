@@ -120,10 +120,15 @@ def read(out: Path) -> tuple[list[RunConfig], dict[str, Result]]:
 
 
 def leaderboards(runs: Iterable[RunConfig], results: dict[str, Result]) -> list[Leaderboard]:
-    """Score runs, one leaderboard per protocol; equal input gives equal output."""
+    """Score runs, one leaderboard per protocol; equal input gives equal output.
+
+    Exploring runs have none: their points were proposed from what earlier ones reached, so that no
+    two mixers were given the same.
+    """
     by_protocol: dict[str, list[RunConfig]] = {}
     for run in runs:
-        by_protocol.setdefault(run.protocol, []).append(run)
+        if run.protocol != "exploring":
+            by_protocol.setdefault(run.protocol, []).append(run)
     return [_leaderboard(p, found, results) for p, found in sorted(by_protocol.items())]
 
 

@@ -26,7 +26,7 @@ from mad_efla.tasks import Task
 NUMBERS = 1
 """Raised when a change to the code moves the result of an unchanged configuration."""
 
-Protocol = Literal["mad", "mad-lab", "mad-mini", "quick", "custom", "unmatched"]
+Protocol = Literal["mad", "mad-lab", "mad-mini", "quick", "custom", "unmatched", "exploring"]
 
 # What a protocol's name promises. A run that departs from it must be called `custom`.
 PROTOCOLS: dict[str, dict[str, tuple[Any, ...]]] = {

@@ -74,12 +74,19 @@ class Needs:
 
     def __init__(self, folder: Path, runs: Iterable[RunConfig]):
         self._folder = folder
-        self._keys = {r.fingerprint: key(r.task, r.seed, r.data) for r in runs}
-        self._left = Counter(self._keys.values())
+        self._keys: dict[str, str] = {}
+        self._left: Counter[str] = Counter()
+        for run in runs:
+            self.add(run)
         for path in folder.glob("*"):  # of calls that were killed
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     _remove(path)
+
+    def add(self, run: RunConfig) -> None:
+        """Take note of another run."""
+        self._keys[run.fingerprint] = key(run.task, run.seed, run.data)
+        self._left[self._keys[run.fingerprint]] += 1
 
     def drop(self, run: RunConfig) -> None:
         """Take note that a run has ended."""

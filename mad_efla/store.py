@@ -35,7 +35,7 @@ from mad_efla import lease
 from mad_efla.config import ConfigError, Document, Section
 from mad_efla.run import RunConfig, build
 
-Status = Literal["waiting", "running", "interrupted", "failed", "diverged", "finished"]
+Status = Literal["waiting", "running", "interrupted", "failed", "pruned", "diverged", "finished"]
 
 
 class Scores(Section):
@@ -111,14 +111,14 @@ class Failure(Section):
     """Why an attempt ended without a result.
 
     Attributes:
-        kind: Whether it failed or was stopped.
+        kind: Whether it failed, was stopped, or was ended early by a search.
         reason: In a line.
         traceback: Of the error; empty where there was none.
         time: Milliseconds since the epoch.
         transient: Whether the cause lies outside of the run: memory, disk, a killed worker.
     """
 
-    kind: Literal["failed", "interrupted"]
+    kind: Literal["failed", "interrupted", "pruned"]
     reason: str
     traceback: str
     time: int
@@ -239,7 +239,7 @@ class RunFolder:
 
     def fail(
         self,
-        kind: Literal["failed", "interrupted"],
+        kind: Literal["failed", "interrupted", "pruned"],
         reason: str,
         traceback: str,
         *,
@@ -360,9 +360,9 @@ def finished(out: Path, fingerprints: list[str]) -> dict[str, Result]:
 
 
 def given_up(out: Path, runs: Iterable[RunConfig]) -> set[str]:
-    """Name the runs that failed by an error of their own, and would again."""
+    """Name the runs that failed by an error of their own, and would again, or were pruned."""
     found = {r.fingerprint: RunFolder(out, r.fingerprint).failure() for r in runs}
-    return {f for f, x in found.items() if x and x.kind == "failed" and not x.transient}
+    return {f for f, x in found.items() if x and x.kind != "interrupted" and not x.transient}
 
 
 def mend(out: Path, fingerprints: list[str]) -> list[str]:

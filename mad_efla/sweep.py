@@ -4,14 +4,16 @@ Later wins: the task file, the plan's sections, the plan's fields for this task,
 grid point, `--set`.
 """
 
+import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from mad_efla import config, data, grid, model
 from mad_efla.config import ConfigError, Document, validate
+from mad_efla.grid import Range, Search
 from mad_efla.run import DataConfig, Limits, Protocol, RunConfig, build, build_task
 from mad_efla.tasks import Task
 
@@ -68,6 +70,27 @@ class Match(NamedTuple):
         return self.found / self.wanted - 1
 
 
+class Space(NamedTuple):
+    """What a search ranges over: one mixer at one setting.
+
+    Attributes:
+        setting: The setting's label.
+        mixer: The mixer's name.
+        over: Field to range.
+        build: Builds the run of a point.
+    """
+
+    setting: str
+    mixer: str
+    over: dict[str, Range]
+    build: Callable[[dict[str, Any]], RunConfig]
+
+    def holds(self, run: RunConfig) -> bool:
+        """Tell whether a run is a point of this space."""
+        own = self.build({field: r.at(0.5) for field, r in self.over.items()})
+        return (run.setting, run.mixers) == (self.setting, own.mixers)
+
+
 class Sweep(NamedTuple):
     """The runs of one task under one plan.
 
@@ -79,6 +102,9 @@ class Sweep(NamedTuple):
         sizes: Parameters and state size of each run's model, by fingerprint.
         matches: Per mixer, how far it is from the equal terms of the plan; empty if it has none.
         limits: How long and how large each run may grow.
+        search: How points are proposed, if they are; `runs` are then the middles of the spaces.
+        prune: How trials are ended early.
+        spaces: What is searched.
     """
 
     task: str
@@ -88,12 +114,17 @@ class Sweep(NamedTuple):
     sizes: dict[str, tuple[int, int]]
     matches: list[Match]
     limits: Limits
+    search: Search | None = None
+    prune: str | None = None
+    spaces: Sequence[Space] = ()
 
     @property
     def id(self) -> str:
         """Hash of what the sweep consists of."""
-        fingerprints = sorted(r.fingerprint for r in self.runs)
-        return config.digest(config.canonical_json([self.task, self.plan, *fingerprints]))
+        parts = [self.task, self.plan, *sorted(r.fingerprint for r in self.runs)]
+        if self.search:
+            parts += [self.search.model_dump_json(exclude={"trials"}), str(self.prune)]
+        return config.digest(config.canonical_json(parts))
 
 
 def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> Sweep:
@@ -123,21 +154,48 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
         base = config.merge(base, config.from_paths(parsed.per_task[name], place))
     points = [grid.points(parsed, plan_document, mixer, settled) for mixer in names]
     runs: dict[str, RunConfig] = {}
-    checked: set[str] = set()
+    spaces: list[Space] = []
+    checked: list[RunConfig] = []
+    asked: set[str] = set()
+    over = (
+        {f: r for f, r in parsed.search.over.items() if f not in settled} if parsed.search else {}
+    )
     for label, setting in _settings(parsed, plan_document, task_document, str(name)):
         for (index, entry), found in zip(enumerate(parsed.mixers), points, strict=True):
             for point, seed in itertools.product(found, enumerate(parsed.seeds)):
                 parts = (_mixers(plan_document, index, entry), *point, _seed(plan_document, *seed))
-                cell = config.merge(base, setting, *parts, *run_sets)
-                run = build(_resolve(cell, label, protocol, precision))
+                cell = config.merge(base, setting, *parts)
+                if parsed.search:
+                    place = plan_document.place(("search", "over"))
+                    builder = functools.partial(
+                        _build_point, cell, place, run_sets, label, protocol, precision
+                    )
+                    spaces.append(Space(label, names[index], over, builder))
+                    ends = [{f: r.at(u) for f, r in over.items()} for u in (0.5, 0.0, 1 - 1e-9)]
+                    run, *others = [builder(end) for end in ends]
+                    checked += others
+                else:
+                    cell = config.merge(cell, *run_sets)
+                    run = build(_resolve(cell, label, protocol, precision))
                 runs.setdefault(run.fingerprint, run)
-                if (asked := f"{run.task} {run.data}") not in checked:
+                if (wanted := f"{run.task} {run.data}") not in asked:
                     data.check(run.task, run.data)
-                    checked.add(asked)
-    sizes = _check_models(runs.values(), plan_document)
+                    asked.add(wanted)
+    sizes = _check_models([*runs.values(), *checked], plan_document)
     matches = _matches(parsed.match, list(runs.values()), sizes)
     every = list(runs.values())
-    return Sweep(str(name), plan_file.stem, protocol, every, sizes, matches, parsed.limits)
+    return Sweep(
+        str(name), plan_file.stem, protocol, every, sizes, matches, parsed.limits,
+        parsed.search, parsed.prune, spaces,
+    )  # fmt: skip
+
+
+def _build_point(
+    cell: Document, place: str, sets: list[Document], label: str, protocol: str, precision: str,
+    point: dict[str, Any],
+) -> RunConfig:  # fmt: skip
+    found = config.merge(cell, config.from_paths(point, place), *sets)
+    return build(_resolve(found, label, protocol, precision))
 
 
 class Setting(NamedTuple):
@@ -259,6 +317,13 @@ def _entry_name(entry: Any) -> str:
 
 def _protocol(plan: Plan, document: Document, names: list[str]) -> Protocol:
     grid.check(plan, document, names)
+    if plan.search:
+        if plan.protocol != "custom" or plan.unmatched or len(plan.seeds) > 1:
+            raise ConfigError(
+                f"{document.place(('search',))}: search explores, by a protocol of its own and "
+                "with one seed; leave protocol and unmatched out, and give one of seeds"
+            )
+        return "exploring"
     if not plan.unmatched:
         return plan.protocol
     if plan.protocol != "custom":

@@ -160,6 +160,25 @@ def test_the_longest_that_is_left_goes_first_and_ends_teach_what_is_long(tmp_pat
     assert work.next() is slow
 
 
+class _Prunes(execute.Work):
+    def verdict(self, run):
+        logged = run.steps > 1000 and RunFolder(self.out, run.fingerprint).rows()[0]
+        return "pruned at step 10" if logged else ""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_verdict_ends_a_run_with_its_checkpoint_and_the_worker_goes_on(tmp_path, workers):
+    long, short = tiny(train__steps=100_000), tiny()
+    work = _Prunes([long, short], tmp_path, Costs([long, short]))
+    seen = []
+    execute.perform(work, device="cpu", workers=workers, watch=seen.extend)
+    ends = {e.run.steps: e.status for e in seen if e.status != "running"}
+    assert ends == {100_000: "pruned", 30: "finished"}
+    folder = RunFolder(tmp_path, long.fingerprint)
+    assert folder.failure().reason == "pruned at step 10"
+    assert folder.load_checkpoint()["step"] >= 10
+
+
 def test_a_run_held_by_another_process_is_waited_for(tmp_path):
     run = tiny()
     folder = RunFolder(tmp_path / "runs", run.fingerprint)
@@ -213,6 +232,28 @@ def test_stopping_the_driver_stops_the_workers_and_loses_nothing(tmp_path, numbe
         step = folder.load_checkpoint()["step"]
         assert step >= folder.rows()[0][-1].step > 0
         assert "stopped after step" in folder.failure().reason
+
+
+def test_ctrl_c_again_does_not_wait_for_a_step_that_hangs(tmp_path, plugin):
+    (tmp_path / "driver.py").write_text(
+        DRIVER.replace("tiny(seed=s, train__steps=100_000) for s in range(2)",
+                       "tiny(mixers=[{'name': 'broken:Hangs', 'heads': 2}])")
+        .replace("workers=2", "workers=1")
+    )  # fmt: skip
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = f"{tmp_path}{os.pathsep}{root}"
+    driver = subprocess.Popen(
+        [sys.executable, "driver.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
+    )
+    folder = RunFolder(tmp_path / "runs", broken("Hangs").fingerprint)
+    _wait(lambda: folder.status() == "running")
+    driver.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        driver.wait(3)
+    assert folder.status() == "running"
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(20) == 130
+    assert folder.status() == "waiting"  # it has logged nothing
 
 
 def _wait(true, seconds=60):

@@ -137,9 +137,14 @@ class Local:
         costs: Costs | None = None,
     ) -> None:
         """See `Executor`."""
-        execute.execute(
-            runs, out, device=self.device, workers=self.workers, watch=watch, deadline=deadline,
-            limits=limits, costs=costs,
+        work = Work(runs, out, costs or Costs(runs))
+        self.perform(work, watch=watch, deadline=deadline, limits=limits)
+
+    def perform(self, work: Work, *, watch: Watch, deadline: float, limits: Limits) -> None:
+        """Do work that finds its runs as it goes on; see `execute.perform`."""
+        execute.perform(
+            work, device=self.device, workers=self.workers, watch=watch, deadline=deadline,
+            limits=limits,
         )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ MLFLOW_STATUS: dict[Status, str] = {
     "diverged": "FINISHED",
     "failed": "FAILED",
     "interrupted": "KILLED",
+    "pruned": "KILLED",
 }
 _SCORES = ("token_accuracy", "macro_accuracy", "loss")
 _NUMBERS = ("steps_to_90", "steps", "seconds", "parameters", "state_size")
