@@ -51,7 +51,6 @@ def test_code_calls_the_package_and_defines_nothing(path):
 def test_the_rendered_page_is_that_of_the_notebook_and_its_figures_are_there(path):
     page = ROOT / "notebooks" / "rendered" / f"{path.stem}.md"
     text = page.read_text()
-    at = 0
     for kind in ("markdown", "code"):
         at = 0
         for source in cells(path, kind):
