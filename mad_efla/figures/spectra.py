@@ -419,7 +419,7 @@ def _by_run(
         for i in range(depth):
             ax = figure.add_subplot(grid[block * depth + i, column])
             if i == 0:
-                ax.set_title("\n".join(textwrap.wrap(name, 24)), pad=9)
+                ax.set_title("\n".join(textwrap.wrap(name, 24)), pad=11)
             if column == 0:
                 ax.set_ylabel(f"layer {i}")
             ax.tick_params(labelbottom=i == depth - 1)
