@@ -25,7 +25,9 @@ NOTEBOOKS = $(sort $(wildcard notebooks/[0-9]*.ipynb))
 
 notebooks: $(VENV)/.notebooks
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter nbconvert --log-level WARN --execute --to markdown \
-	  --ExecutePreprocessor.timeout=-1 --output-dir notebooks/rendered $(NOTEBOOKS)
+	  --ExecutePreprocessor.timeout=-1 \
+	  --MarkdownExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor \
+	  --output-dir notebooks/rendered $(NOTEBOOKS)
 
 # The same in a minute or two, with a few steps of each run, in a folder of its own.
 notebooks-test: export SMALL = --set seeds=[0] --set model.width=16 --set train.steps=4 \

@@ -438,13 +438,19 @@ def _eigenvalues(rows: list[dict[str, LayerDiagnosis]]) -> Figure:
 
 
 def _by_run(
-    rows: list[dict[str, LayerDiagnosis]], runs: list[str]
+    rows: list[dict[str, LayerDiagnosis]], runs: list[str], *, around: float = 0.5
 ) -> tuple[Figure, list[tuple[Axes, str, int]]]:
-    """Open a figure with a column per run and a row per layer; many runs make further blocks."""
+    """Open a figure with a column per run and a row per layer; many runs make further blocks.
+
+    Args:
+        rows: The layers.
+        runs: Their names, which become titles.
+        around: Inches for what stands above and below the panels.
+    """
     across, depth = min(len(runs), _SIDE_BY_SIDE), len(rows)
     blocks = -(-len(runs) // across)
-    size = (PAGE * (0.25 + 0.75 * across / _SIDE_BY_SIDE), 0.5 + blocks * (0.3 + 1.15 * depth))
-    figure = Figure(figsize=size)
+    wide = PAGE * (0.25 + 0.75 * across / _SIDE_BY_SIDE)
+    figure = Figure(figsize=(wide, around + blocks * (0.3 + 1.15 * depth)))
     grid = figure.add_gridspec(blocks * depth, across)
     cells = []
     for n, name in enumerate(runs):
@@ -452,7 +458,7 @@ def _by_run(
         for i in range(depth):
             ax = figure.add_subplot(grid[block * depth + i, column])
             if i == 0:
-                ax.set_title("\n".join(textwrap.wrap(name, 24)), pad=9)
+                ax.set_title("\n".join(textwrap.wrap(name, 24)), pad=11)
             if column == 0:
                 ax.set_ylabel(f"layer {i}")
             ax.tick_params(labelbottom=i == depth - 1)
@@ -505,13 +511,13 @@ def _integrated(layer: LayerDiagnosis) -> PerToken | None:
 def _exactness(rows: list[dict[str, LayerDiagnosis]]) -> Figure:
     """Draw a panel per run and layer: on how many tokens each step errs by how much."""
     runs = list(dict.fromkeys(n for row in rows for n, x in row.items() if _integrated(x)))
-    figure, cells = _by_run(rows, runs)
+    figure, cells = _by_run(rows, runs, around=0.9)
     looks = lines(list(_STEPS))
     for ax, name, i in cells:
         tokens = _integrated(rows[i][name]) if name in rows[i] else None
         ax.set_xscale("log")
         ax.set_xlim(*_ERRORS)
-        ax.set_xticks([1e-6, 1e-4, 1e-2, 1, 1e2])
+        ax.set_xticks([1e-6, 1e-3, 1])
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_ylim(0, 1.02)
         ax.yaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
@@ -523,20 +529,17 @@ def _exactness(rows: list[dict[str, LayerDiagnosis]]) -> Figure:
             ax.plot(x, share, color=look.color, dashes=look.dashes)
         beyond = (tokens.x > EULER_LIMIT).double().mean().item()
         ax.annotate(
-            f"x: median {tokens.x.median():.2g}\n{100 * beyond:.2g} % over {EULER_LIMIT:g}", (1, 1),
-            xycoords="axes fraction", xytext=(-2, -2), textcoords="offset points", ha="right",
-            va="top", fontsize=_SMALL, color=_GREY,
+            f"x: median {tokens.x.median():.2g}, {100 * beyond:.2g} % over {EULER_LIMIT:g}",
+            (0.5, 1), xycoords="axes fraction", xytext=(0, 2), textcoords="offset points",
+            ha="center", va="bottom", fontsize=_SMALL, color=_GREY,
         )  # fmt: skip
-    figure.supxlabel(
-        "error of the factor along the key, |step's - exp(-x)|; what is exact errs nowhere",
-        fontsize="medium",
-    )
+    figure.supxlabel("error along the key,\n|factor of the step - exp(-x)|", fontsize="medium")
     figure.supylabel("tokens with a larger error", fontsize="medium")
     handles = [
         Line2D([], [], color=look.color, dashes=look.dashes, label=_STEPS[step])
         for step, look in looks.items()
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    figure.legend(handles=handles, loc="outside upper center", ncols=4 if len(runs) > 1 else 2)
     return figure
 
 
