@@ -60,7 +60,7 @@ $(VENV)/.peer: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[peer]'
 	touch $@
 
-# A Ray cluster of two nodes, one killed under a sweep, and Slurm's jobs without its queue: 90 MB.
+# A Ray cluster of two nodes, one killed under a sweep, and Slurm's jobs without its queue; 250 MB on disk.
 cluster: $(VENV)/.cluster
 	$(BIN)/python -m pytest -m cluster tests/executors
 

@@ -589,11 +589,10 @@ def _spectra(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     if chosen is None:
         return []
     _, task, lines = chosen
-    best = {
-        line.mixer: run.fingerprint
-        for line in sorted(lines, key=lambda line: part.names.index(line.mixer))[:_LOOKED_AT]
-        if (run := _best(_of(line, part, task), part))
-    }
+    runs = [r for line in lines for r in _of(line, part, task)]
+    whole = [r for r in runs if (part.out / r.fingerprint / "model.pt").exists()]
+    found = {run.mixer: run.fingerprint for run in scores.best_runs(whole, part.results).values()}
+    best = {n: found[n] for n in [n for n in part.names if n in found][:_LOOKED_AT]}
     if not best:
         return []
     looked = {
@@ -618,16 +617,6 @@ def _by_setting(part: _Part) -> Iterator[tuple[str, list[Line]]]:
 def _apart(lines: list[Line]) -> float:
     means = [line.accuracy.mean for line in lines if line.accuracy]
     return max(means, default=0) - min(means, default=1)
-
-
-def _best(runs: list[RunConfig], part: _Part) -> RunConfig | None:
-    whole = [
-        run
-        for run in runs
-        if (result := part.results.get(run.fingerprint)) and result.status == "finished"
-        if (part.out / run.fingerprint / "model.pt").exists()
-    ]
-    return max(whole, key=lambda r: scores.validation([part.results[r.fingerprint]]), default=None)
 
 
 # ------------------------------------------------------------------ failures, facts

@@ -752,7 +752,8 @@ def _glance_layer(mixer: Mixer, x: Float[Tensor, "B L D"]) -> dict[str, Tensor]:
     L = x.shape[1]
     if isinstance(memory, AttentionTrace):
         return _reach_scalars(reach(memory, _sampled(L)))
-    lags = [2**i for i in range(max(1, L // 2).bit_length())]
+    longest = max(1, L // 2)
+    lags = sorted({longest, *(2**i for i in range(longest.bit_length()))})
     horizons = _horizon_scalars(products(memory, lags, starts=2))
     return {
         **_eigenvalue_scalars(per_token(memory)),

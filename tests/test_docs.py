@@ -8,7 +8,7 @@ import pytest
 
 import mad_efla.mixers
 import mad_efla.tasks
-from mad_efla import config, plugins
+from mad_efla import config, contract, plugins
 from mad_efla.cli import cli
 
 ROOT = Path(__file__).parent.parent
@@ -50,3 +50,27 @@ def _commands(command):
 def test_every_shipped_module_opens_by_saying_what_it_is():
     for path in [*(ROOT / "mad_efla").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         assert path.read_text().startswith('"""'), path
+
+
+def test_the_results_of_the_readme_are_those_of_the_results_page():
+    rows = re.findall(r"^\| .+ \| \d+\.\d\d \| .+$", README, re.M)
+    section = (ROOT / "RESULTS.md").read_text().split("\n## quick\n")[1].split("\n## ")[0]
+    table = section.split("### Scores, protocol quick\n\n")[1].split("\n\n")[0].splitlines()
+    assert len(table) > 3
+    assert rows == table[2:]
+    assert table[0] in README
+
+
+def test_the_mixer_of_the_readme_keeps_every_promise(tmp_path, monkeypatch):
+    (text,) = re.findall(r"```python\n(# mean.py\n.*?)```", README, re.S)
+    (tmp_path / "mean.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    _, findings = contract.check("mean:Mean", (), 32)
+    assert findings
+    assert not [f for f in findings if f.broken]
+
+
+@pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")), ids=lambda p: p.name)
+def test_links_and_pictures_lead_somewhere(document):
+    found = re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text())
+    assert not [path for path in found if not (ROOT / path).exists()]

@@ -1,5 +1,6 @@
 """Figures: the data handed to them, equal bytes for equal data, and the command that writes them."""
 
+import json
 import math
 import os
 import subprocess
@@ -13,9 +14,9 @@ import torch
 
 from mad_efla import display, figures, spectrum
 from mad_efla.config import ConfigError
-from mad_efla.figures import spectra
+from mad_efla.figures import artifacts, spectra
 from mad_efla.spectrum import Diagnosis, Gain, LayerDiagnosis
-from mad_efla.store import RunFolder
+from mad_efla.store import RunFolder, read_sweeps
 from mad_efla.train import train
 from tests.test_cli import SWEEP, call, folders
 from tests.test_spectrum import decaying, delta, randn
@@ -191,6 +192,35 @@ def test_what_a_layer_lacks_is_left_out(tmp_path):
     assert list(written(tmp_path / "bare", {"bare": bare})) == ["reach.png", "reach.svg"]
     (drawn,) = spectra.figures({"bare": bare}).values()
     assert len(drawn.axes) == 1
+
+
+def test_an_overview_has_a_column_for_all_that_there_is():
+    state = layer(constant(0.1))
+    looked = layer(constant(0.1), kind="attention", tokens=None, products=None, state=None)
+    bare = {"kind": "none", "tokens": None, "products": None, "state": None, "reach": None}
+    columns = {4: [state, looked], 1: [looked]}
+    for count, layers in columns.items():
+        figure = spectra.overview("made", diagnosis(*layers))
+        assert len(figure.axes) == count * len(layers)
+    assert spectra.overview("made", diagnosis(layer(constant(0.1), **bare))) is None
+
+
+def test_a_sweep_has_its_best_runs_drawn_and_none_twice(files):
+    call(*SWEEP)
+    done = {f.fingerprint: f.result().validation.token_accuracy for f in folders(files)}
+    (record,) = read_sweeps(files / "runs")
+    written = artifacts.of_sweep(files / "runs", record)
+    drawn = [f for f in folders(files) if (f.figures / "spectrum.png").exists()]
+    for mixer in ("efla(heads=2)", "deltanet(heads=2)"):
+        (own,) = (f.fingerprint for f in drawn if f.run().mixer == mixer)
+        rest = [done[f.fingerprint] for f in folders(files) if f.run().mixer == mixer]
+        assert done[own] == max(rest)
+    assert len(drawn) == 2
+    assert len(written) == 1 + 2 * len(drawn)
+    again = artifacts.of_sweep(files / "runs", record)
+    assert [path.name for path in again] == ["leaderboard.png"]
+    scalars = json.loads((drawn[0].figures / "spectrum.json").read_text())
+    assert 0 < scalars["spectrum/layer0/eigenvalue_mean"] < 1
 
 
 def test_extremes_can_be_drawn(tmp_path):

@@ -303,6 +303,17 @@ def test_a_narrow_figure_stacks_its_panels():
     assert wide.axes[0].get_xscale() == "log"
 
 
+def test_a_legend_of_many_long_names_stays_inside_a_figure_of_one_panel():
+    names = [f"delta(keys=l2, heads={n})" for n in range(6)]
+    content = [sweeps.Curve(name, [1, 2], [Interval(0.5, None, None)] * 2) for name in names]
+    figure = sweeps.curves([sweeps.Panel("task", "x", content)], names)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    inside, whole = legend.get_window_extent(), figure.bbox
+    assert whole.x0 <= inside.x0 <= inside.x1 <= whole.x1
+    assert whole.y0 <= inside.y0 <= inside.y1 <= whole.y1
+
+
 def test_words_on_an_axis_are_spaced_evenly():
     curve = sweeps.Curve("a", ["False", "True"], [Interval(0.5, None, None)] * 2)
     (axes,) = sweeps.curves([sweeps.Panel("p", "x", [curve])], ["a"]).axes

@@ -83,8 +83,12 @@ def test_a_replay_that_does_something_else_is_refused(tmp_path):
         value = run()
         return lambda: value
 
-    with pytest.raises(RuntimeError, match="something else when it is replayed"):
-        made(tiny(**WHOLE), tmp_path, "graph", capture=stale)
+    def broken(run):
+        return lambda: run() * float("nan")
+
+    for capture in (stale, broken):
+        with pytest.raises(RuntimeError, match="something else when it is replayed"):
+            made(tiny(**WHOLE), tmp_path, "graph", capture=capture)
 
     def failing(run):
         raise RuntimeError("operation not permitted when stream is capturing")

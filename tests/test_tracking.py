@@ -19,13 +19,16 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
-from mad_efla import store, tracking
+from mad_efla import model, store, tracking
 from mad_efla.config import ConfigError
+from mad_efla.figures import artifacts
 from mad_efla.run import RunConfig
 from mad_efla.store import Result, Row, RunFolder, Scores, SweepRecord
 from mad_efla.tracking import guard, mirror, records, stores
 from tests import browser
+from tests.test_cli import SWEEP, call, folders
 from tests.tiny import tiny
 
 OUT = Path("runs")
@@ -60,6 +63,7 @@ def rows(*steps: int, time: int = 1_000) -> list[Row]:
     found = []
     for step in steps:
         found.append(Row(step, time + step, {"train/loss": 1 / step, "train/learning_rate": 0.01}))
+        found.append(Row(step, time + step, {"spectrum/horizon_p50": 6 - step / 10}))
         if step % 20 == 0:
             found.append(Row(step, time + step, {"val/token_accuracy": step / 100}))
     return found
@@ -91,9 +95,16 @@ def finished(run: RunConfig, accuracy: float = 0.5) -> RunFolder:
     return folder
 
 
+def learned(run: RunConfig, accuracy: float = 0.5) -> RunFolder:
+    """A finished run with weights, those it would begin with."""
+    folder = finished(run, accuracy)
+    folder.save_model(model.build(run).state_dict())
+    return folder
+
+
 def swept(*runs: RunConfig, id: str = "s1", plan: str = "quick", started: int = 1) -> SweepRecord:
     record = SweepRecord(
-        id=id, task="recall", plan=plan, protocol="custom", command="mad-efla sweep recall",
+        id=id, task=runs[0].task.name, plan=plan, protocol="custom", command="mad-efla sweep recall",
         fingerprints=tuple(r.fingerprint for r in runs), started=started, ended=3_000,
     )  # fmt: skip
     store.write_sweep(OUT, record)
@@ -146,7 +157,8 @@ def test_a_sweep_is_shown_with_a_run_for_each_cell(uri, client):
     assert parent.info.status == "KILLED"  # not all of its runs have ended
     assert parent.data.metrics["sweep/failed"] == 1
     assert "1 diverged, 1 failed, 1 finished" in parent.data.tags["mlflow.note.content"]
-    assert [a.path for a in client.list_artifacts(parent.info.run_id)] == ["leaderboard.csv"]
+    listed = [a.path for a in client.list_artifacts(parent.info.run_id)]
+    assert listed == ["leaderboard.csv", "leaderboard.json"]
     traced = client.list_artifacts(cells[broken.fingerprint].info.run_id)
     assert [a.path for a in traced] == ["config.json", "traceback.txt"]
 
@@ -336,6 +348,105 @@ def test_a_deleted_experiment_is_said(uri, client):
     finished(tiny())
     client.delete_experiment(tracking.sync(uri, OUT).experiments["recall"])
     assert "mlflow experiments restore" in str(tracking.sync(uri, OUT).problem)
+
+
+# ------------------------------------------------------------------ tables, figures, models
+
+
+def test_the_leaderboard_is_a_table_that_mlflow_reads(uri, client):
+    good, bad = tiny(seed=0), tiny(mixers=["deltanet"])
+    finished(good, 0.75)
+    finished(bad, 0.5)
+    swept(good, bad)
+    table = client.load_table(tracking.sync(uri, OUT).experiments["recall"], "leaderboard.json")
+    assert table["mixer"].tolist() == ["efla(heads=2)", "deltanet"]
+    assert table["accuracy"].tolist() == [0.75, 0.5]
+
+
+def test_figures_are_artifacts_and_drawn_again_are_sent_again(uri, client, tmp_path):
+    run = tiny()
+    folder = finished(run)
+    record = swept(run)
+    tracking.sync(uri, OUT)  # complete before anything is drawn
+    for path in (folder.figures / "a.png", store.sweep_figures(OUT, record.id) / "b.png"):
+        path.parent.mkdir()
+        path.write_bytes(b"first")
+    for text in (b"first", b"second"):
+        (folder.figures / "a.png").write_bytes(text)
+        tracking.sync(uri, OUT)
+        [cell], [parent] = shown(client).values(), shown(client, "sweep").values()
+        got = client.download_artifacts(cell.info.run_id, "figures/a.png", str(tmp_path))
+        assert Path(got).read_bytes() == text
+    assert client.list_artifacts(parent.info.run_id, "figures")[0].path == "figures/b.png"
+    sent = cell.data.tags["mad.figures"]
+    tracking.sync(uri, OUT)
+    assert shown(client)[run.fingerprint].data.tags["mad.figures"] == sent
+
+
+def test_a_logged_model_is_the_run_s_own_and_logged_once(uri, client):
+    run, other = tiny(), tiny(seed=1)
+    folder = learned(run)
+    finished(other)  # its weights are gone
+    swept(run, other)
+    experiment = tracking.sync(uri, OUT).experiments["recall"]
+    assert not client.search_logged_models([experiment])
+    for _ in range(2):
+        assert tracking.sync(uri, OUT, log_models=True).problem is None
+    [logged] = client.search_logged_models([experiment])
+    cell = shown(client)[run.fingerprint]
+    assert cell.data.tags["mad.model"] == logged.model_id
+    assert [m.model_id for m in cell.outputs.model_outputs] == [logged.model_id]
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a pickle is loaded
+        loaded = mlflow.pytorch.load_model(f"models:/{logged.model_id}")
+    mlflow.set_tracking_uri(None)
+    tokens = torch.arange(8)[None] % run.task.vocabulary
+    own = model.build(run)
+    own.load_state_dict(folder.load_model())
+    assert torch.equal(loaded(tokens), own(tokens))
+    assert not loaded.training
+
+
+def test_a_sweep_ends_with_figures_and_models_in_mlflow(uri, client, files, monkeypatch):
+    call(*SWEEP[:-1], "--log-model")
+    runs = client.search_runs(["1"])
+    assert sum("mad.figures" in run.data.tags for run in runs) == 3  # two runs and their sweep
+    assert sum("mad.model" in run.data.tags for run in runs) == 4
+    fresh = next(f for f in folders(files) if not f.figures.exists())
+    call("spectrum", fresh.fingerprint, "--log")
+    assert sum("mad.figures" in run.data.tags for run in client.search_runs(["1"])) == 4
+    monkeypatch.setattr(artifacts, "of_sweep", lambda out, record: 1 / 0)
+    done = call("sync", "--figures")
+    assert "4 runs are up to date" in done.stdout
+    assert "not all is drawn: ZeroDivisionError" in done.stderr
+
+
+def test_the_recipes_of_the_readme_find_what_they_say(uri):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    [recipes] = [b.split("```")[0] for b in text.split("```python\n") if "search_runs" in b]
+    good, lost = learned(tiny(), 0.9), tiny(mixers=["mamba2"])
+    finished(tiny(seed=1), 0.7)
+    begun(lost, 10).finish(result(lost, None, status="diverged", stopped="at step 12"))
+    swept(*(RunFolder(OUT, p.parent.name).run() for p in sorted(OUT.glob("*/config.json"))))
+    assert tracking.sync(uri, OUT, log_models=True).problem is None
+    import mlflow
+
+    found: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow's dependencies
+        try:
+            exec(recipes, found)
+        finally:
+            mlflow.set_tracking_uri(None)
+    assert found["best"]["tags.mad.fingerprint"][0] == good.fingerprint
+    assert found["table"].loc["efla(heads=2)", "baseline"] == pytest.approx(0.8)
+    assert len(found["forgetful"]) == 2
+    assert found["diverged"]["tags.mad.fingerprint"].tolist() == [lost.fingerprint]
+    assert [point.step for point in found["curve"]] == [10, 20, 30]
+    assert isinstance(found["model"], model.LanguageModel)
 
 
 # ------------------------------------------------------------------ the live mirror
@@ -682,20 +793,104 @@ def test_a_server_has_its_own_address_whose_password_is_not_shown():
     assert link.startswith("http://lab:8080/#/experiments/7/runs?")
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(bool(browser.missing()), reason=str(browser.missing()))
-def test_the_page_shows_cells_best_first_and_their_charts(uri, executed, closed_port):
-    runs = [tiny(seed=seed) for seed in range(3)]
-    for run, accuracy in zip(runs, (0.2, 0.9, 0.5), strict=True):
-        finished(run, accuracy)
-    swept(*runs)
+# ------------------------------------------------------------------ a real server
+
+
+@pytest.fixture(scope="module")
+def served(template, tmp_path_factory):
+    """MLflow's server, as `ui` starts it, on a store with a sweep of three runs and its figures.
+
+    Yields the address it says and the folder of runs.
+    """
     said: list[str] = []
-    tracking.ui(uri, OUT, "127.0.0.1", closed_port, said.append)
-    [(command, environment)] = executed
-    address = f"http://127.0.0.1:{closed_port}"
-    with browser.server(command, environment, address), browser.page() as page:
-        browser.look(page, said[0].splitlines()[0], "total/diverged")
-        page.get_by_text("3 matching runs").wait_for()
-        names = page.get_by_role("link", name="baseline seed").all_inner_texts()
-        assert names == [f"efla(heads=2) baseline seed {seed}" for seed in (1, 2, 0)]
-        page.get_by_text("test/token_accuracy", exact=True).first.wait_for()
+    calls: list[tuple[list[str], dict[str, str]]] = []
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copy(template, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(os, "execve", lambda path, command, env: calls.append((command, env)))
+        runs = [tiny(seed=seed) for seed in range(3)]
+        for run, accuracy in zip(runs, (0.2, 0.9, 0.5), strict=True):
+            learned(run, accuracy)
+        artifacts.of_sweep(OUT, swept(*runs))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        tracking.ui(tracking.resolve_uri(None), OUT, "127.0.0.1", port, said.append)
+    [(command, environment)] = calls
+    with browser.server(command, environment, f"http://127.0.0.1:{port}"):
+        yield said[0].splitlines()[0], folder / OUT
+
+
+@pytest.fixture(scope="module")
+def page():
+    """A browser's page; pages of a server that runs already."""
+    if browser.missing():
+        pytest.skip(str(browser.missing()))
+    with browser.page() as opened:
+        yield opened
+
+
+def of_server(link: str):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=link.split("/#/")[0])
+
+
+def test_a_remote_server_is_told_all_that_a_local_store_is(served):
+    link, _ = served
+    run = tiny(task__name="noisy_recall", task__vocab_size=30)
+    learned(run, 0.75)
+    artifacts.of_sweep(OUT, swept(run))
+    address = link.split("/#/")[0]
+    assert tracking.sync(address, OUT, log_models=True).problem is None
+    client = of_server(link)
+    experiment = client.get_experiment_by_name("noisy_recall").experiment_id
+    cell, parent = client.search_runs([experiment], order_by=["tags.`mad.role`"])
+    assert cell.data.metrics["test/token_accuracy"] == 0.75
+    assert cell.info.status == parent.info.status == "FINISHED"
+    for found, names in ((cell, ["spectrum.json", "spectrum.png"]), (parent, ["leaderboard.png"])):
+        listed = client.list_artifacts(found.info.run_id, "figures")
+        assert [a.path for a in listed] == [f"figures/{name}" for name in names]
+    [logged] = client.search_logged_models([experiment])
+    assert logged.status == "READY"
+    assert logged.source_run_id == cell.info.run_id
+
+
+@pytest.mark.browser
+def test_the_page_shows_cells_best_first_and_their_curves(served, page):
+    link, _ = served
+    browser.look(page, link, "test/token_accuracy")
+    page.get_by_text("3 matching runs").wait_for()
+    names = page.get_by_role("link", name="baseline seed").all_inner_texts()
+    assert names == [f"efla(heads=2) baseline seed {seed}" for seed in (1, 2, 0)]
+    page.get_by_placeholder("Search metric charts").fill("spectrum/horizon_p50|train/loss")
+    page.get_by_text("spectrum/horizon_p50", exact=True).first.wait_for()
+    page.locator(".scatterlayer .js-line").nth(5).wait_for()  # three runs in two charts
+    assert page.locator(".scatterlayer .js-line").count() == 6
+
+
+@pytest.mark.browser
+def test_runs_compare_in_parallel_coordinates(served, page):
+    link, _ = served
+    runs = of_server(link).search_runs(["1"], "tags.`mad.role` = 'cell'")
+    which = f"runs={json.dumps([r.info.run_id for r in runs])}&experiments={json.dumps(['1'])}"
+    base = link.split("/#/")[0]
+    browser.look(page, f"{base}/#/compare-runs?{which}", "Parallel Coordinates Plot")
+    page.locator(".parcoords").first.wait_for()
+    titles = page.locator(".parcoords .axis-title")
+    titles.first.wait_for()
+    assert {"seed", tracking.PRIMARY} <= set(titles.evaluate_all("e => e.map(t => t.textContent)"))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("role", "name"), [("cell", "spectrum.png"), ("sweep", "leaderboard.png")])
+def test_artifacts_show_the_figures(served, page, role, name):
+    link, _ = served
+    found = of_server(link).search_runs(
+        ["1"], f"tags.`mad.role` = '{role}'", order_by=["metrics.`test/token_accuracy` DESC"]
+    )
+    where = f"experiments/1/runs/{found[0].info.run_id}/artifacts/figures/{name}"
+    page.goto("about:blank")  # and with it the images of the page before
+    browser.look(page, f"{link.split('/#/')[0]}/#/{where}", name)
+    page.wait_for_function("[...document.images].some(i => i.naturalWidth > 300)")

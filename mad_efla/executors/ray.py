@@ -28,6 +28,7 @@ from mad_efla.executors import follow
 from mad_efla.run import Limits, RunConfig
 from mad_efla.step import VARIABLE as FORM
 from mad_efla.store import RunFolder, write_bytes
+from mad_efla.tasks.smnist import DATA
 from mad_kernels.dispatch import VARIABLE as BACKEND
 
 try:
@@ -118,7 +119,7 @@ class Ray:
 
 def _join(workers: int | None) -> None:
     worker._worker_logs_enabled = False  # else it prints to stdout, between our tables
-    chosen = {name: os.environ[name] for name in (FORM, BACKEND) if name in os.environ}
+    chosen = {name: os.environ[name] for name in (FORM, BACKEND, DATA) if name in os.environ}
     try:
         _reach(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
@@ -153,6 +154,7 @@ def _reach(address: str) -> None:
 def _probe(out: Path) -> Iterator[Path]:
     """Put a file into the folder of runs by which tasks tell whether they see it."""
     path = out.resolve() / f".shared-{secrets.token_hex(8)}"
+    out.mkdir(parents=True, exist_ok=True)
     path.touch()
     try:
         yield path
@@ -171,7 +173,8 @@ def _ended(folder: RunFolder, tasks: dict[str, Any]) -> bool:
     except TaskCancelledError:
         pass
     except RayTaskError as error:
-        folder.fail("failed", f"{type(error.cause).__name__}: {error.cause}"[:300], str(error))
+        reason = f"{type(error.cause).__name__}: {error.cause}".splitlines()[0][:300]
+        folder.fail("failed", reason, str(error))
     except RayError as error:
         reason = f"its worker or node died {RETRIES + 1} times: {type(error).__name__}"
         folder.fail("failed", reason, str(error), transient=True)

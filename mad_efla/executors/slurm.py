@@ -81,7 +81,7 @@ class Slurm:
         executor = submitit.AutoExecutor(out.resolve() / "slurm", cluster=self.cluster)
         executor.update_parameters(
             name="mad-efla", timeout_min=24 * 60, slurm_array_parallelism=self.slots,
-            cpus_per_task=1, gpus_per_node=int(self.device == "cuda"),
+            cpus_per_task=1, **({"gpus_per_node": 1} if self.device == "cuda" else {}),
         )  # fmt: skip
         names = [r.fingerprint for r in longest_first]
         make = _Make(str(out.resolve()), self.device, limits)

@@ -61,11 +61,13 @@ def of_run(folder: RunFolder, found: Diagnosis | None = None) -> list[Path]:
     run = folder.run()
     found = found or spectra.diagnose(folder, _EXAMPLES, 0)
     name = f"{run.mixer}, {run.task.name}, {run.setting}, seed {run.seed}"
+    written = []
+    if figure := spectra.overview(name, found):
+        written.append(_write(folder.figures / "spectrum.png", figure))
     table = folder.figures / "spectrum.json"
     table.parent.mkdir(parents=True, exist_ok=True)
-    store.write_json(table, spectrum.finite(found.scalars()))
-    figure = spectra.overview(name, found)
-    return [table] if figure is None else [table, _write(folder.figures / "spectrum.png", figure)]
+    store.write_json(table, spectrum.finite(found.scalars()))  # last: it says that all is drawn
+    return [*written, table]
 
 
 def _leaderboard(lines: list[Line]) -> Figure:

@@ -747,7 +747,10 @@ def _gains(ax: Axes, diagnoses: dict[str, Diagnosis], looks: dict[str, Line]) ->
                     markersize=3.5, markeredgewidth=0.8,
                 )  # fmt: skip
     ax.axvline(1, color=_GREY, linewidth=0.7, linestyle=":", zorder=0)
-    ax.set_xscale("log", base=2)
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    if high < 32 * low:
+        ax.set_xscale("log", base=2)
     _plain(ax.xaxis)
     ax.set_yticks(range(depth + 1), [*(f"layer {i}" for i in range(depth)), "model"])
     ax.set_ylim(depth + 0.5, -0.5)

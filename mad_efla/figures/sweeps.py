@@ -241,10 +241,10 @@ def _multiples(
     look = {n: line for n, line in figures.lines(names).items() if n in drawn}
     across = max(1, min(len(panels), int(width / _PANEL[0])))
     down = -(-len(panels) // across)
-    per_row = max(1, int((width - 0.2) / (0.5 + 0.06 * max(map(len, look), default=0))))
+    wide = min(width, 0.6 + 3.2 * across)
+    per_row = max(1, int((wide - 0.2) / (0.5 + 0.06 * max(map(len, look), default=0))))
     legend = 0.1 + 0.16 * -(-len(look) // per_row)
     with figures.style():
-        wide = min(width, 0.6 + 3.2 * across)
         figure = Figure(figsize=(wide, down * _PANEL[1] + legend))
         grid = figure.subplots(down, across, sharey=True, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):
