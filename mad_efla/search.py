@@ -162,7 +162,7 @@ class _Study:
             trial.report(value, row.step)
             last = row.step
             if last < run.steps and trial.should_prune():
-                verdict = f"pruned at step {last}, validation accuracy {value:.4f}"
+                verdict = f"at step {last}, validation accuracy {value:.4f}"
         self._seen[run.fingerprint] = end, last, verdict
         return verdict
 

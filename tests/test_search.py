@@ -103,7 +103,7 @@ def test_what_lags_behind_is_pruned_with_its_step_and_not_made_again(tmp_path, l
     for run in pruned:
         folder = RunFolder(tmp_path / "runs", run.fingerprint)
         failure = folder.failure()
-        assert failure.reason.startswith("pruned at step ")
+        assert failure.reason.startswith("at step ")
         assert folder.load_checkpoint()["step"] < 120
         assert folder.result() is None
     assert store.given_up(tmp_path / "runs", runs) == {r.fingerprint for r in pruned}
@@ -136,6 +136,8 @@ def test_a_sweep_that_searches_prints_its_best_and_goes_on_in_workers(files):
     assert "lr=" in done.stdout
     again = CliRunner().invoke(cli, [*call, *small], catch_exceptions=False)
     assert again.stdout == done.stdout
+    score = CliRunner().invoke(cli, ["score"])
+    assert (score.exit_code, "exploring runs only" in score.stderr) == (2, True)
     status = CliRunner().invoke(cli, ["status"], catch_exceptions=False).stdout
     assert "4 runs: " in status
     assert not (files / "runs" / "data").exists()
