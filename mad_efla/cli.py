@@ -445,6 +445,8 @@ def score(runs: Path, form: str | None) -> None:
     from mad_efla import display, export, leaderboard
 
     boards = leaderboard.leaderboards(*leaderboard.read(runs))
+    if not boards:
+        raise ConfigError(f"{runs}: holds exploring runs only, which have no score")
     if form:
         write = {"json": export.as_json, "csv": export.as_csv, "latex": export.as_latex}[form]
         click.echo(write(boards), nl=False)

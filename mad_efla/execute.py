@@ -303,6 +303,7 @@ class _Pool:
             self._workers[self._workers.index(worker)] = _Worker(self._arguments)
             if worker.run:
                 ended = self._died(worker, worker.run)
+            worker.pipe.close()
         elif worker.meter and not worker.doomed and (reason := worker.meter.passed(_GRACE_SECONDS)):
             worker.doomed = reason
             worker.process.kill()

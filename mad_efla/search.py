@@ -48,10 +48,11 @@ class Explore(Work):
     def __init__(self, sweep: Sweep, record: SweepRecord, out: Path, costs: Costs):
         super().__init__([], out, costs)
         assert sweep.search
-        self.record = record
+        there = tuple(f for f in record.fingerprints if (out / f / "config.json").exists())
+        self.record = record.model_copy(update={"fingerprints": there})
         self._studies = [_Study(space, sweep.search, sweep.prune) for space in sweep.spaces]
         self._of: dict[str, _Study] = {}
-        for fingerprint in record.fingerprints:
+        for fingerprint in there:
             run = RunFolder(out, fingerprint).run()
             study = next(s for s in self._studies if s.space.holds(run))
             self._take(study, run)
@@ -162,7 +163,7 @@ class _Study:
             trial.report(value, row.step)
             last = row.step
             if last < run.steps and trial.should_prune():
-                verdict = f"pruned at step {last}, validation accuracy {value:.4f}"
+                verdict = f"at step {last}, validation accuracy {value:.4f}"
         self._seen[run.fingerprint] = end, last, verdict
         return verdict
 

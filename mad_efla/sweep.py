@@ -88,7 +88,7 @@ class Space(NamedTuple):
     def holds(self, run: RunConfig) -> bool:
         """Tell whether a run is a point of this space."""
         own = self.build({field: r.at(0.5) for field, r in self.over.items()})
-        return (run.setting, run.mixers) == (self.setting, own.mixers)
+        return (run.setting, run.mixer) == (self.setting, own.mixer)
 
 
 class Sweep(NamedTuple):

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 import statistics
 import sys
 
@@ -103,7 +104,7 @@ def test_what_lags_behind_is_pruned_with_its_step_and_not_made_again(tmp_path, l
     for run in pruned:
         folder = RunFolder(tmp_path / "runs", run.fingerprint)
         failure = folder.failure()
-        assert failure.reason.startswith("pruned at step ")
+        assert failure.reason.startswith("at step ")
         assert folder.load_checkpoint()["step"] < 120
         assert folder.result() is None
     assert store.given_up(tmp_path / "runs", runs) == {r.fingerprint for r in pruned}
@@ -115,6 +116,17 @@ def test_points_that_cannot_be_built_or_were_had_are_passed_over(tmp_path, learn
     runs = explore(tmp_path, plan, train__steps=3)
     points = [(r.mixer, r.model.width, r.optim.betas) for r in runs]
     assert len(points) == len(set(points)) == 8  # all there are, though twelve were asked for
+
+
+def test_depth_can_be_searched_and_a_trial_whose_folder_is_gone_is_made_anew(tmp_path, learns):
+    plan = SEARCH.replace("optim.betas: {choice: [[0.9, 0.99], [0.9, 0.999]]}",
+                          "model.depth: {integer: [1, 2]}")  # fmt: skip
+    runs = explore(tmp_path, plan, search__trials=4)
+    assert {r.model.depth for r in runs} == {1, 2}
+    shutil.rmtree(tmp_path / "runs" / runs[2].fingerprint)
+    again = explore(tmp_path, plan, search__trials=4)
+    assert len(again) == len(runs)
+    assert set(runs) - set(again) <= {runs[2]}
 
 
 def test_exploring_runs_have_no_score(tmp_path, learns):
@@ -136,6 +148,8 @@ def test_a_sweep_that_searches_prints_its_best_and_goes_on_in_workers(files):
     assert "lr=" in done.stdout
     again = CliRunner().invoke(cli, [*call, *small], catch_exceptions=False)
     assert again.stdout == done.stdout
+    score = CliRunner().invoke(cli, ["score"])
+    assert (score.exit_code, "exploring runs only" in score.stderr) == (2, True)
     status = CliRunner().invoke(cli, ["status"], catch_exceptions=False).stdout
     assert "4 runs: " in status
     assert not (files / "runs" / "data").exists()
