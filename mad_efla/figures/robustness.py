@@ -11,7 +11,7 @@ import math
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mad_efla import figures
 from mad_efla.causes import Account
@@ -82,12 +82,12 @@ def states(accounts: list[Account], *, width: float = figures.PAGE) -> Figure:
                     line = look[account.mixer]
                     axes.plot(account.severities, y, color=line.color, dashes=line.dashes)
             axes.set_title(title, loc="left")
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             if logarithmic:
                 axes.set_yscale("log")
-                for at in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                    at(FuncFormatter(lambda value, _: f"{value:g}"))
-                if len(axes.yaxis.get_major_locator().tick_values(*axes.get_ylim())) > 3:
-                    axes.yaxis.set_minor_formatter(NullFormatter())
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.yaxis.set_minor_locator(NullLocator())
             else:
                 axes.set_ylim(-0.04, 1.06)
             axes.grid(axis="y", color="0.92", linewidth=0.6)
