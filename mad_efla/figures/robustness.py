@@ -31,7 +31,7 @@ _ACROSS = 3
 _QUANTITIES = (
     ("accuracy", "test accuracy", False),
     ("lambda_mean", "λ = |k|², mean", True),
-    ("erase_mean", "erase strength, mean", False),
+    ("erase_mean", "erase strength, mean", True),
     ("wiped", "tokens that erase over 98 %", False),
     ("state_log_norm_max", "largest singular value of a state", True),
     ("keys_square_cosine", "squared cosine of two keys", False),
