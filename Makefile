@@ -16,7 +16,7 @@ sweep: install
 	$(BIN)/mad-efla sweep tasks/recall.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # Every numbered notebook, executed as it stands, as a page with its figures. Runs that are under
 # notebooks/runs are not made again, and from nothing it is hours; a second call leaves out the

@@ -36,6 +36,7 @@ NO_LIMITS = Limits()
 ATTEMPTS = 2  # of a run whose worker was killed under it
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 30.0  # for a worker to finish its step and write a checkpoint
+_ELSEWHERE_SECONDS = 2.0  # until a run that another sweep makes is looked at again
 _GRACE_SECONDS = 10.0  # for a run to notice by itself that its time is over
 
 # glibc: keep freed memory instead of handing it back; a training step is 5 to 10 % faster.
@@ -164,6 +165,7 @@ class Work:
     def __init__(self, runs: list[RunConfig], out: Path, costs: Costs):
         self.runs, self.out, self.costs = runs, out, costs
         self.waiting = {r.fingerprint: r for r in runs}
+        self._not_before: dict[str, float] = {}
         self.needs = shared.Needs(out / shared.FOLDER, runs)
         for run in runs:
             RunFolder(out, run.fingerprint).create(run)
@@ -174,12 +176,20 @@ class Work:
         return len(self.runs)
 
     def next(self) -> RunConfig | None:
-        """Take the longest that is left."""
-        return self.waiting.pop(self.costs.longest(self.waiting)) if self.waiting else None
+        """Take the longest that is left; None if there is none, or none just now."""
+        now = time.monotonic()
+        free = [f for f in self.waiting if self._not_before.get(f, now) <= now]
+        return self.waiting.pop(self.costs.longest(free)) if free else None
 
-    def again(self, run: RunConfig) -> None:
-        """Put a run back that has lost its worker."""
+    def again(self, run: RunConfig, later: float = 0.0) -> None:
+        """Put a run back that has lost its worker, or that another sweep is making.
+
+        Args:
+            run: Which.
+            later: Seconds until it is handed out again.
+        """
         self.waiting[run.fingerprint] = run
+        self._not_before[run.fingerprint] = time.monotonic() + later
 
     def verdict(self, run: RunConfig) -> str:
         """Say why a run under way should be ended; empty to let it go on."""
@@ -265,14 +275,14 @@ class _Pool:
         """Make all runs; whatever ends this early, the workers are gone afterwards."""
         try:
             self._hand_out()
-            while self._running():
+            while self._running() or self._work.waiting:
                 pipes = [w.pipe for w in self._workers]
                 wait([*pipes, *(w.process.sentinel for w in self._workers)], _POLL_SECONDS)
                 ended = [event for w in list(self._workers) for event in self._look(w)]
                 self._hand_out()
                 running = self._running()
                 watch(ended + running)
-                if running and time.monotonic() > deadline:
+                if (running or self._work.waiting) and time.monotonic() > deadline:
                     raise OutOfTime
         finally:
             self._stop()
@@ -297,6 +307,11 @@ class _Pool:
                 worker.meter = _Meter(self._limits, worker.process.pid)
             elif word == "ended":
                 worker.run, worker.meter, ended = None, None, True
+            elif word == "elsewhere":
+                worker.run = None
+                if run:
+                    self._attempts[run.fingerprint] -= 1
+                    self._work.again(run, _ELSEWHERE_SECONDS)
             else:
                 raise word
         if dead:
@@ -381,10 +396,10 @@ def _serve(pipe: Connection, out: str, device: str, about: dict[str, str], limit
             try:
                 with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
                     began = functools.partial(pipe.send, "began")
-                    attempt(folder, device, about, stop, limits, verdict, began)
+                    made = attempt(folder, device, about, stop, limits, verdict, began, wait=False)
+                pipe.send("ended" if made else "elsewhere")
             except OSError as error:  # not even the failure could be written
                 pipe.send(error)
-            pipe.send("ended")
     os._exit(0)  # the interpreter would take a while to say goodbye
 
 
@@ -430,7 +445,9 @@ def attempt(
     limits: Limits = NO_LIMITS,
     verdict: Callable[[], str] = lambda: "",
     began: Callable[[], None] = lambda: None,
-) -> None:
+    *,
+    wait: bool = True,
+) -> bool:
     """Make one run in this process; whatever goes wrong is in its folder.
 
     Args:
@@ -441,42 +458,60 @@ def attempt(
         limits: How long and how large it may grow.
         verdict: Asked after every step: why a search ends it here; empty to go on.
         began: Called once the run is ours.
+        wait: Wait while another sweep makes it.
+
+    Returns:
+        False if another sweep has it.
     """
-    with contextlib.suppress(Fenced), _hold(folder, stop) as held:  # a run taken over is not ours
-        if not held or folder.result() is not None:  # another sweep may just have made it
-            return
-        began()
-        meter = _Meter(limits, None)
-        try:
-            folder.begin()
-            train(
-                folder.run(), folder, device=device, environment=about,
-                stop=lambda: stop() or bool(meter.passed() or verdict()),
-            )  # fmt: skip
-        except Interrupted as error:
-            if reason := verdict():
-                folder.fail("pruned", reason, "")
-            elif reason := meter.passed():
-                folder.fail("failed", reason, "")
-            else:
-                folder.fail("interrupted", str(error), "")
-        except Fenced:
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            outside = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
-            folder.fail("failed", reason, traceback.format_exc(), transient=outside)
+    try:
+        with _hold(folder, stop, wait) as held:
+            if held and folder.result() is None:  # another sweep may just have made it
+                began()
+                _make(folder, device, about, stop, limits, verdict)
+            return held
+    except Fenced:  # a run taken over is not ours
+        return False
+
+
+def _make(
+    folder: RunFolder,
+    device: str,
+    about: dict[str, str],
+    stop: Callable[[], bool],
+    limits: Limits,
+    verdict: Callable[[], str],
+) -> None:
+    meter = _Meter(limits, None)
+    try:
+        folder.begin()
+        train(
+            folder.run(), folder, device=device, environment=about,
+            stop=lambda: stop() or bool(meter.passed() or verdict()),
+        )  # fmt: skip
+    except Interrupted as error:
+        if reason := verdict():
+            folder.fail("pruned", reason, "")
+        elif reason := meter.passed():
+            folder.fail("failed", reason, "")
+        else:
+            folder.fail("interrupted", str(error), "")
+    except Fenced:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        outside = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
+        folder.fail("failed", reason, traceback.format_exc(), transient=outside)
 
 
 @contextlib.contextmanager
-def _hold(folder: RunFolder, stop: Callable[[], bool]) -> Iterator[bool]:
-    """Hold a run, waiting while another sweep makes it; yields False if told to stop waiting."""
+def _hold(folder: RunFolder, stop: Callable[[], bool], wait: bool) -> Iterator[bool]:
+    """Hold a run, or wait while another sweep makes it; yields False if it is not to be had."""
     while True:
         with folder.lock() as free:
             if free:
                 yield True
                 return
-        if stop():
+        if not wait or stop():
             yield False
             return
         time.sleep(_POLL_SECONDS)

@@ -1,5 +1,6 @@
 """Worker processes: what is killed, fails or is stopped costs itself and nothing else."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -280,3 +281,18 @@ def test_the_environment_names_versions_and_commit():
     found = execute.environment("cpu")
     assert found["torch"] == torch.__version__
     assert found["git_commit"]
+
+
+def test_a_run_that_another_sweep_makes_is_left_until_the_others_are_done(tmp_path):
+    long, short = tiny(train__steps=60), tiny(train__steps=5)
+    folders = [RunFolder(tmp_path, r.fingerprint) for r in (long, short)]
+    folders[0].create(long)
+    with contextlib.ExitStack() as elsewhere:
+        assert elsewhere.enter_context(folders[0].lock())
+
+        def watch(events):
+            if folders[1].result() is not None:
+                elsewhere.close()
+
+        execute.execute([long, short], tmp_path, device="cpu", workers=1, watch=watch)
+    assert all(folder.result().status == "finished" for folder in folders)

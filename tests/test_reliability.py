@@ -201,9 +201,9 @@ def test_eight_sweeps_may_begin_in_one_empty_folder(files):
     (record,) = read_sweeps(files / "runs")
     for fingerprint in record.fingerprints:
         folder = RunFolder(files / "runs", fingerprint)
-        steps = [row.step for row in folder.rows()[0]]
+        logged = [(row.step, name) for row in folder.rows()[0] for name in row.metrics]
         assert folder.status() == "finished"
-        assert steps == [4, 4]
+        assert len(logged) == len(set(logged)) > 0
     assert not (files / "runs" / "data").exists()
 
 
