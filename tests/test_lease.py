@@ -150,7 +150,7 @@ def test_a_run_taken_over_while_it_slept_writes_nothing_more(tmp_path, monkeypat
     assert steps == sorted(steps)
 
 
-def test_two_sweeps_at_once_make_each_run_once(tmp_path, monkeypatch):
+def test_four_sweeps_at_once_make_each_run_once(tmp_path, monkeypatch):
     runs = [tiny(seed=s) for s in range(6)]
     made = []
     real = execute.train
@@ -161,7 +161,7 @@ def test_two_sweeps_at_once_make_each_run_once(tmp_path, monkeypatch):
         threading.Thread(
             target=lambda order=order: execute.execute(order, tmp_path, device="cpu", workers=0)
         )
-        for order in (runs, runs[::-1])
+        for order in (runs, runs[::-1], runs[3:] + runs[:3], runs[::2] + runs[1::2])
     ]
     monkeypatch.setattr(signal, "signal", lambda *a: None)  # only a main thread may
     for thread in threads:

@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import resource
 import sys
 import time
 from pathlib import Path
@@ -219,9 +220,10 @@ def test_any_file_is_a_plan_or_status_2_with_its_place(tmp_path, lines, plan):
     text = (PLAN if plan else TASK) + "\n".join(lines)
     (tmp_path / "task.yaml").write_text(TASK if plan else text)
     (tmp_path / "plan.yaml").write_text(text if plan else PLAN)
-    begun = time.process_time()
+    begun, held = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     done = CliRunner().invoke(cli, [*SWEEP, "--dry-run"])
     assert time.process_time() - begun < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 200 * 1024  # KiB
     assert done.exit_code in (0, 2), done.output
     assert done.exit_code == 0 or any(f in done.stderr for f in ("task.yaml:", "plan.yaml:"))
     assert isinstance(done.exception, SystemExit | None)

@@ -27,6 +27,7 @@ from mad_efla.figures import artifacts
 from mad_efla.run import RunConfig
 from mad_efla.store import Result, Row, RunFolder, Scores, SweepRecord
 from mad_efla.tracking import guard, mirror, records, stores
+from mad_efla.tracking.bridge import Bridge
 from tests import browser
 from tests.test_cli import SWEEP, call, folders
 from tests.tiny import tiny
@@ -470,6 +471,27 @@ def test_a_mirror_leaves_everything_told(uri, client, monkeypatch):
     assert [m.step for m in history] == [10, 20, 30]
 
 
+def test_a_server_that_was_away_is_told_everything_when_it_is_back(uri, client, monkeypatch):
+    monkeypatch.setattr(mirror, "LIVE_SECONDS", 0.01)
+    refusals, connect = [], Bridge._open
+
+    def refuse(self):
+        if len(refusals) < 4:
+            refusals.append(1)
+            raise ConnectionError("refused")
+        connect(self)
+
+    monkeypatch.setattr(Bridge, "_open", refuse)
+    run = tiny()
+    with tracking.Mirror(uri, OUT, swept(run)) as shadow:
+        finished(run)
+        while len(refusals) < 4:
+            time.sleep(0.01)
+            assert not shadow.problem or "refused" in shadow.problem or "answer" in shadow.problem
+    assert shadow.problem is None
+    assert shown(client)[run.fingerprint].info.status == "FINISHED"
+
+
 def test_a_sweep_between_two_runs_is_not_taken_for_killed(uri, client):
     record = swept(tiny())
     with stores.live(OUT, record.id):
@@ -729,6 +751,24 @@ def test_several_processes_may_begin_on_an_empty_folder(template, tmp_path):
 
     assert set(shown(MlflowClient(uri))) == {r.fingerprint for r in runs}
     assert not list((tmp_path / "new").glob(".mlflow.db.[0-9]*"))
+
+
+def test_a_store_whose_beginning_was_killed_is_begun_again(template, tmp_path):
+    run = tiny()
+    finished(run)
+    swept(run)
+    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
+    context = multiprocessing.get_context("fork")
+    for seconds in (0.1, 0.4, 0.8):
+        process = context.Process(target=tracking.sync, args=(uri, OUT))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+    assert tracking.sync(uri, OUT).problem is None
+    from mlflow import MlflowClient
+
+    assert set(shown(MlflowClient(uri))) == {run.fingerprint}
 
 
 def test_artifacts_are_beside_the_store(template, tmp_path):
