@@ -84,4 +84,7 @@ def _import(name: str, kind: str, contract: type | tuple[type, ...]) -> type:
         bases = contract if isinstance(contract, tuple) else (contract,)
         wanted = " or ".join(base.__name__ for base in bases)
         raise ConfigError(f"{kind} {name!r} must be a class derived from {wanted}")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(vars(found)["__abstractmethods__"]))
+        raise ConfigError(f"{kind} {name!r} has to define {missing}; see CONTRIBUTING.md")
     return found

@@ -53,6 +53,7 @@ def test_labels_show_what_departs_from_defaults():
         ({"mixers": ["efla", "attention"]}, "a pattern of 2 mixers does not fill model.depth=1"),
         ({"mixers": ["no.such:Mixer"]}, "write it as package.module:Name"),
         ({"mixers": ["mad_efla.store:Result"]}, "must be a class derived from Mixer"),
+        ({"mixers": ["mad_efla.mixers:Mixer"]}, "has to define forward, initial_state, step"),
         ({"task__name": "recal"}, "task 'recal' is unknown; did you mean 'recall'?"),
         ({"task__name": 3}, "must be the name of a task"),
         ({"train__epochs": 3}, "give exactly one of them"),

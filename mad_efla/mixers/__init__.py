@@ -160,10 +160,10 @@ class Mixer(nn.Module, ABC, Generic[ConfigT]):
         config: The mixer's fields.
 
     Class attributes:
-        Config: The model of its fields.
+        Config: The model of its fields; without one it has none.
     """
 
-    Config: ClassVar[type[MixerConfig]]
+    Config: ClassVar[type[MixerConfig]] = MixerConfig
 
     def __init__(self, d_model: int, config: ConfigT):
         super().__init__()
