@@ -38,7 +38,7 @@ _FIELDS = (
 )  # fmt: skip
 _SETTINGS = (
     "Test accuracy by setting in percent, the best of each in bold; Student's intervals over "
-    "seeds, diverged runs left out."
+    "seeds, a diverged run counts as zero."
 )
 _PANELS = 12  # in one figure for all tasks; beyond, each task has its own
 _PAIRS = 15  # differences drawn at most; beyond, those to the first mixer
