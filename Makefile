@@ -81,7 +81,7 @@ busy: install
 thousand: install
 	$(BIN)/python -m tests.busy --runs 1000 --steps 20 --window 60
 
-check: install
+check: $(VENV)/.cluster # for the types of its packages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright

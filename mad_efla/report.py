@@ -346,7 +346,8 @@ def _corruption(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
                 lambda width, drawn=drawn: corrupted.curves(drawn, width=width),
             ))  # fmt: skip
     if found:
-        blocks += [Table(*table) for table in results.corruption_tables(found)]
+        for note, header, rows in results.corruption_tables(found):
+            blocks.append(Table(note, header, [[_stacked(cell) for cell in row] for row in rows]))
     return blocks
 
 
@@ -694,6 +695,12 @@ def _cell(value: Interval | None, best: float | None = None) -> str | Markup:
         return mean
     ends = f"[{100 * value.low:.1f}, {100 * value.high:.1f}]"
     return mean + Markup(" <small>{}</small>").format(ends)
+
+
+def _stacked(text: str) -> str | Markup:
+    """Set an interval under its number."""
+    number, bracket, interval = text.partition(" [")
+    return Markup("{} <small>[{}</small>").format(number, interval) if bracket else text
 
 
 def _noted(cell: str | Markup, note: str) -> str | Markup:

@@ -55,6 +55,7 @@ def style() -> Iterator[None]:
         "savefig.dpi": 300,
         "svg.fonttype": "path",  # a reader's machine need not have the font
         "svg.hashsalt": "mad-efla",
+        "text.hinting": "none",  # or letters are as wide as pixels allow, and layout depends on dpi
         "xtick.major.width": 0.6,
         "ytick.major.width": 0.6,
     }
