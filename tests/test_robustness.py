@@ -1,5 +1,6 @@
 """Curves, areas and halves under corruption; what reads them; why layers fail."""
 
+import json
 import math
 
 import pytest
@@ -90,6 +91,17 @@ def test_a_run_tells_mlflow_areas_halves_and_curves():
     assert "test_half/intensity" not in summary  # it never halves
     curve = [(p.step, p.value) for p in records.points([], result) if p.name == "test_under/noise"]
     assert curve == [(0, 0.8), (50, 0.6), (100, 0.2)]
+
+
+def test_a_sweep_tells_mlflow_what_becomes_of_each_mixer():
+    runs = [classify(seed=s) for s in (0, 1)]
+    arms = robustness.arms(runs, {r.fingerprint: result_of(r) for r in runs})
+    table = json.loads(records.corruption_json(arms))
+    rows = {row[3]: dict(zip(table["columns"], row, strict=True)) for row in table["data"]}
+    noise, intensity = rows["noise"], rows["intensity"]
+    assert noise["area"] == noise["low"] == noise["high"] == pytest.approx(0.55)
+    assert (noise["mixer"], noise["seeds"], noise["halves at"]) == ("plain_efla", 2, 0.75)
+    assert intensity["halves at"] is None  # it never does
 
 
 def write_runs(out, runs, made):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mad_efla import scores
+from mad_efla import robustness, scores
 from mad_efla.config import ConfigError
 from mad_efla.run import RunConfig
 from mad_efla.store import (
@@ -243,6 +243,8 @@ class Bridge:
         self.client.set_tag(entry.run_id, "mlflow.note.content", note)
         entry.write("leaderboard.csv", records.leaderboard_csv(rows))
         entry.write("leaderboard.json", records.leaderboard_json(rows))
+        if probed := robustness.arms(runs, self.results):
+            entry.write("corruption.json", records.corruption_json(probed))
         if status != "RUNNING":
             entry.log(records.sweep_points(statuses, now()), self.deadline)
         entry.tag({"mad.counts": counts} | records.TABLE_TAG)

@@ -219,6 +219,27 @@ def leaderboard_json(rows: list[list[str]]) -> str:
     return json.dumps({"columns": HEADER, "data": [[_value(cell) for cell in row] for row in rows]})
 
 
+CORRUPTION_HEADER = (
+    "setting", "mixer", "seeds", "corruption", "clean", "area", "low", "high", "halves at",
+    "least", "largest",
+)  # fmt: skip
+
+
+def corruption_json(arms: list[robustness.Arm]) -> str:
+    """Write what becomes of each mixer under each corruption, as `mlflow.load_table` reads it.
+
+    `area` has Student's interval over seeds, `halves at` the least and largest of them; none where
+    accuracy never halves.
+    """
+    rows = []
+    for arm in arms:
+        for name, curve in arm.curves.items():
+            halves = [h if math.isfinite(h) else None for h in curve.half]
+            label = [arm.setting, arm.mixer, len(arm.runs), name, arm.clean.mean]
+            rows.append([*label, *curve.area, *halves])
+    return json.dumps({"columns": CORRUPTION_HEADER, "data": rows})
+
+
 TABLE_TAG = {"mlflow.loggedArtifacts": '[{"path": "leaderboard.json", "type": "table"}]'}
 """What `mlflow.log_table` tags a run with, so that the page shows its table."""
 
