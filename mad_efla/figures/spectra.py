@@ -56,6 +56,7 @@ _SMALL = 6.0  # points
 _ROOM = 2.15  # inches for a column of an overview
 _SIDE_BY_SIDE = 4  # runs
 _WITH_QUARTILES = 3  # runs whose quartiles can still be told apart
+_TITLE = 24  # characters of a column's title in a line
 _STEPS = {"euler": "Euler", "implicit": "implicit", "rk2": "RK-2", "rk4": "RK-4"}
 _ERRORS = (1e-6, 1e2)  # drawn
 
@@ -458,12 +459,19 @@ def _by_run(
         for i in range(depth):
             ax = figure.add_subplot(grid[block * depth + i, column])
             if i == 0:
-                ax.set_title("\n".join(textwrap.wrap(name, 24)), pad=11)
+                ax.set_title(_over_lines(name), pad=11)
             if column == 0:
                 ax.set_ylabel(f"layer {i}")
             ax.tick_params(labelbottom=i == depth - 1)
             cells.append((ax, name, i))
     return figure, cells
+
+
+def _over_lines(name: str) -> str:
+    """Break a long name, before what stands in brackets if anything does."""
+    if len(name) > _TITLE:
+        name = name.replace("(", " (", 1)
+    return "\n".join(textwrap.wrap(name, _TITLE))
 
 
 def _centres(tokens: list[PerToken]) -> np.ndarray:
@@ -490,7 +498,7 @@ def _strips(ax: Axes, tokens: PerToken, centres: np.ndarray) -> Any:
             ax.axvline(mark, color=_GREY, linewidth=0.7, linestyle=":")
     ax.set_xticks([mark for mark in (-1, -0.5, 0, 0.5, 1) if centres[0] <= mark])
     _plain(ax.xaxis)
-    ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     beyond = (tokens.eigenvalue.abs() > 1 + 1e-9).double().mean().item()
     if beyond:
         ax.annotate(
