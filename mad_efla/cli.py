@@ -234,9 +234,9 @@ def _sweep(
             elif waiting:
                 costs = estimate.Costs(runs).read(out)
                 with display.Follow(runs, waiting, costs, runner.slots) as follow:
-                    runner.execute(
-                        waiting, out, watch=follow.update, deadline=deadline,
-                        limits=sweeps[0].limits, costs=costs,
+                    runner.perform(
+                        execute.Work(waiting, out, costs), watch=follow.update,
+                        deadline=deadline, limits=sweeps[0].limits,
                     )  # fmt: skip
         except execute.OutOfTime:
             interrupted = True

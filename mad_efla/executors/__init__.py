@@ -9,14 +9,12 @@ import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from mad_efla import execute
 from mad_efla.config import ConfigError
-from mad_efla.estimate import Costs
 from mad_efla.execute import NO_LIMITS, Event, OutOfTime, Watch, Work
 from mad_efla.run import Limits, RunConfig
 from mad_efla.store import RunFolder
@@ -40,25 +38,16 @@ class Executor(Protocol):
     @property
     def slots(self) -> int: ...  # noqa: D102
 
-    def execute(
-        self,
-        runs: list[RunConfig],
-        out: Path,
-        *,
-        watch: Watch = ...,
-        deadline: float = ...,
-        limits: Limits = ...,
-        costs: Costs | None = ...,
+    def perform(
+        self, work: Work, *, watch: Watch = ..., deadline: float = ..., limits: Limits = ...
     ) -> None:
-        """Make every run that has no result yet; results and failures are in the folders.
+        """Make runs until there is no work left; results and failures are in the folders.
 
         Args:
-            runs: What to run.
-            out: The folder of run folders.
+            work: Which runs, and where.
             watch: Told what happens.
             deadline: When to stop, by `time.monotonic`.
             limits: How long and how large each run may grow before it is ended as failed.
-            costs: What is known of the runs' costs, and learns from them.
 
         Raises:
             KeyboardInterrupt: Asked to stop; what was running is marked interrupted.
@@ -126,22 +115,15 @@ class Local:
         """Runs that can be under way at once."""
         return max(self.workers, 1)
 
-    def execute(
+    def perform(
         self,
-        runs: list[RunConfig],
-        out: Path,
+        work: Work,
         *,
         watch: Watch = lambda events: None,
         deadline: float = math.inf,
         limits: Limits = NO_LIMITS,
-        costs: Costs | None = None,
     ) -> None:
-        """See `Executor`."""
-        work = Work(runs, out, costs or Costs(runs))
-        self.perform(work, watch=watch, deadline=deadline, limits=limits)
-
-    def perform(self, work: Work, *, watch: Watch, deadline: float, limits: Limits) -> None:
-        """Do work that finds its runs as it goes on; see `execute.perform`."""
+        """See `Executor`; work may find its runs as it goes on."""
         execute.perform(
             work, device=self.device, workers=self.workers, watch=watch, deadline=deadline,
             limits=limits,

@@ -22,10 +22,9 @@ import torch
 
 from mad_efla import execute
 from mad_efla.config import ConfigError
-from mad_efla.estimate import Costs
 from mad_efla.execute import NO_LIMITS, Watch, Work
 from mad_efla.executors import follow
-from mad_efla.run import Limits, RunConfig
+from mad_efla.run import Limits
 from mad_efla.step import VARIABLE as FORM
 from mad_efla.store import RunFolder, write_bytes
 from mad_efla.tasks.smnist import DATA
@@ -81,25 +80,21 @@ class Ray:
             return min(cores, round(there.get("GPU", 0) * self.per_device))
         return cores
 
-    def execute(
+    def perform(
         self,
-        runs: list[RunConfig],
-        out: Path,
+        work: Work,
         *,
         watch: Watch = lambda events: None,
         deadline: float = math.inf,
         limits: Limits = NO_LIMITS,
-        costs: Costs | None = None,
     ) -> None:
-        """See `Executor`. Of runs on nodes that do not see `out`, only the end is told."""
-        work = Work(runs, out, costs or Costs(runs))
-        longest_first = list(work)
+        """See `Executor`. Of runs on nodes that do not see their folder, only the end is told."""
+        out, longest_first = work.out, list(work)
         with execute.terminate_as_interrupt(), _probe(out) as probe:
             make, tasks = self._task(_make), {}
             try:
                 for run in longest_first:
                     folder = RunFolder(out, run.fingerprint)
-                    folder.create(run)
                     tasks[run.fingerprint] = make.remote(
                         run.fingerprint, str(probe), self.device, limits, _files(folder)
                     )
@@ -109,7 +104,7 @@ class Ray:
                 )  # fmt: skip
             finally:
                 _stop(out, tasks)
-                execute.mark_interrupted(runs, out)
+                execute.mark_interrupted(work.runs, out)
                 ray.shutdown()
 
     def _task(self, function: Any) -> Any:

@@ -17,7 +17,6 @@ import torch
 
 from mad_efla import execute
 from mad_efla.config import ConfigError
-from mad_efla.estimate import Costs
 from mad_efla.execute import NO_LIMITS, Watch, Work
 from mad_efla.executors import follow
 from mad_efla.run import Limits, RunConfig
@@ -63,21 +62,16 @@ class Slurm:
         here = self.device == "cpu" or torch.cuda.is_available()
         self.precision = execute.resolve_precision(self.device) if here else "bfloat16"
 
-    def execute(
+    def perform(
         self,
-        runs: list[RunConfig],
-        out: Path,
+        work: Work,
         *,
         watch: Watch = lambda events: None,
         deadline: float = math.inf,
         limits: Limits = NO_LIMITS,
-        costs: Costs | None = None,
     ) -> None:
-        """See `Executor`; `out` must be seen by all nodes."""
-        work = Work(runs, out, costs or Costs(runs))
-        longest_first = list(work)
-        for run in longest_first:
-            RunFolder(out, run.fingerprint).create(run)
+        """See `Executor`; the folder of runs must be seen by all nodes."""
+        out, longest_first = work.out, list(work)
         executor = submitit.AutoExecutor(out.resolve() / "slurm", cluster=self.cluster)
         executor.update_parameters(
             name="mad-efla", timeout_min=24 * 60, slurm_array_parallelism=self.slots,
@@ -96,7 +90,7 @@ class Slurm:
                 for job in jobs.values():
                     if not job.done():
                         job.cancel(check=False)  # SIGTERM, and SIGKILL later
-                execute.mark_interrupted(runs, out)
+                execute.mark_interrupted(work.runs, out)
 
 
 def _ended(job: submitit.Job, out: Path, run: RunConfig) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mad_efla import execute, sweep
+from mad_efla.estimate import Costs
 from mad_efla.store import RunFolder
 from tests.tiny import write_files
 
@@ -172,7 +173,9 @@ def test_without_a_shared_folder_the_files_come_home(nodes, runs, quiet, monkeyp
     assert begun.failure().kind == "interrupted"
     monkeypatch.setattr(ray, "_probe", nowhere)
     seen = []
-    choose("ray").execute(runs, Path("there"), watch=lambda events: seen.extend(events))
+    choose("ray").perform(
+        execute.Work(runs, Path("there"), Costs(runs)), watch=lambda events: seen.extend(events)
+    )
     assert sorted(e.run.fingerprint for e in seen) == sorted(r.fingerprint for r in runs)
     assert {e.status for e in seen} == {"finished"}
     assert_made_once_with_equal_bits(runs, quiet)

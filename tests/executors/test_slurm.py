@@ -9,6 +9,7 @@ import torch
 
 from mad_efla import execute
 from mad_efla.config import ConfigError
+from mad_efla.estimate import Costs
 from mad_efla.execute import OutOfTime
 from mad_efla.store import RunFolder
 from tests.tiny import tiny
@@ -29,7 +30,7 @@ def slurm():
 def test_jobs_and_this_process_give_equal_bits(tmp_path, slurm):
     runs = [tiny(seed=s) for s in range(2)]
     seen = []
-    slurm.execute(runs, tmp_path / "jobs", watch=seen.extend)
+    slurm.perform(execute.Work(runs, tmp_path / "jobs", Costs(runs)), watch=seen.extend)
     assert {e.run.fingerprint for e in seen if e.status == "finished"} == {
         r.fingerprint for r in runs
     }
@@ -52,7 +53,7 @@ def test_a_stopped_sweep_cancels_its_jobs_and_goes_on(tmp_path, slurm):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        slurm.execute([run], tmp_path, watch=stop_once_begun)
+        slurm.perform(execute.Work([run], tmp_path, Costs([run])), watch=stop_once_begun)
     ended = threading.Event()
     for _ in range(600):  # the job's process ends a little later than its driver
         if folder.status() == "interrupted" and folder.load_checkpoint():
@@ -60,7 +61,7 @@ def test_a_stopped_sweep_cancels_its_jobs_and_goes_on(tmp_path, slurm):
         ended.wait(0.1)
     assert folder.load_checkpoint()["step"] > 0
     with pytest.raises(OutOfTime):
-        slurm.execute([run], tmp_path, deadline=0.0)
+        slurm.perform(execute.Work([run], tmp_path, Costs([run])), deadline=0.0)
 
 
 def test_slurm_without_sbatch_is_refused(monkeypatch):
