@@ -137,7 +137,8 @@ class Split(NamedTuple):
         runs: How many ran.
         workers: Processes.
         seconds: From the call to its end.
-        parts: Worker-seconds by what for; together `workers` x `seconds`.
+        parts: Worker-seconds by what for.
+        idle: Worker-seconds with no run left to make; with the parts, `workers` x `seconds`.
         driver: Processor seconds of the driver, which mirrors to MLflow meanwhile.
     """
 
@@ -145,6 +146,7 @@ class Split(NamedTuple):
     workers: int
     seconds: float
     parts: dict[str, float]
+    idle: float
     driver: float
 
 
@@ -176,22 +178,33 @@ def overhead(found: Sweep, device: str, workers: int) -> Split:
         parts[what] = math.fsum(r.spent.get(what, 0.0) for r in results)
     parts["else in runs"] = math.fsum(r.seconds for r in results) - math.fsum(parts.values())
     parts["workers' start"] = math.fsum(starts)
-    parts["between runs, and idle"] = len(starts) * seconds - math.fsum(parts.values())
-    return Split(len(results), len(starts), seconds, parts, driver)
+    # Nothing is left when a worker ends its last run, so these ends are the latest of all.
+    ends = sorted(r.ended / 1e3 - wall for r in results)[-len(starts) :]
+    idle = math.fsum(seconds - end for end in ends)
+    parts["between runs"] = len(starts) * seconds - math.fsum(parts.values()) - idle
+    return Split(len(results), len(starts), seconds, parts, idle, driver)
 
 
 def split_table(split: Split) -> Table:
     """Draw where the time went, and what a training step's second costs beside it."""
-    runs, workers, seconds, parts, driver = split
-    table = Table("", show_footer=True, title=f"{runs} runs, {workers} workers, {seconds:.1f} s")
-    total, steps = math.fsum(parts.values()), parts["training steps"]
+    runs, workers, seconds, parts, idle, driver = split
+    title = f"{runs} runs, {workers} workers, {seconds:.1f} s"
+    table = Table("", title=title, show_footer=True)
+    total, steps = workers * seconds, parts["training steps"]
+    beside = math.fsum(parts.values()) - steps
+    table.columns[0].footer = "beside the steps"
     for heading, footer in (
-        ("worker-seconds", f"{total:.2f}"), ("% of all", ""), ("% of the training steps", ""),
-    ):  # fmt: skip
+        ("worker-seconds", f"{beside:.2f}"),
+        ("% of all", f"{100 * beside / total:.2f}"),
+        ("% of the training steps", f"{100 * beside / steps:.2f}"),
+    ):
         table.add_column(heading, footer, justify="right")
     for what, spent in parts.items():
         table.add_row(
             what, f"{spent:.2f}", f"{100 * spent / total:.2f}", f"{100 * spent / steps:.2f}"
         )
-    table.caption = f"the driver used {driver:.1f} s of a processor beside the workers"
+    table.caption = (
+        f"no run was left to make for {idle:.1f} worker-seconds at the end; "
+        f"the driver used {driver:.1f} s of a processor beside the workers"
+    )
     return table

@@ -151,7 +151,8 @@ class Loop:
         self.steps_to_90: int | None = None
         self.chosen_step: int | None = None
         self.chosen_key = (-math.inf, -math.inf)
-        self.chosen: dict[str, Tensor] | None = None
+        self.chosen: dict[str, Tensor] | None = None  # None: the last weights are
+        self.scored: dict[str, Scores] = {}  # what is known of them, by split
         self.stopped: str | None = None
         self.glancing = True  # until it fails
         self._order: tuple[int, Tensor] | None = None
@@ -180,11 +181,13 @@ class Loop:
             self.model.load_state_dict(self.chosen)
         else:
             self.chosen_step = self.step
-        test, validation = self._scores("test"), self._scores("validation")
+        for split in ("test", "validation"):
+            if split not in self.scored:
+                self.scored[split] = self._scores(split)
         start = time.perf_counter()
         self.folder.save_model({k: v.cpu() for k, v in self.model.state_dict().items()})
         self._spend("checkpoint", start)
-        return test, validation
+        return self.scored["test"], self.scored["validation"]
 
     def probe(self) -> tuple[ProbeScore, ...]:
         """Score the weights on what the task tests beside its test split."""
@@ -244,17 +247,20 @@ class Loop:
             self.steps_to_90 = self.step
         if self._glance_due():
             self._glance()
+        seen = {"validation": validation}
         if train.select_split == "none":
+            self.scored = seen
             return
-        scores = validation
         if train.select_split == "test":
-            scores = self._scores("test")
-            self._log({f"test_curve/{name}": value for name, value in scores.model_dump().items()})
+            seen["test"] = self._scores("test")
+            curve = {f"test_curve/{name}": x for name, x in seen["test"].model_dump().items()}
+            self._log(curve)
+        scores = seen[train.select_split]
         key = (-scores.loss, 0.0)
         if train.select_metric == "token_accuracy":
             key = (scores.token_accuracy, -scores.loss)
         if key > self.chosen_key:
-            self.chosen_key, self.chosen_step = key, self.step
+            self.chosen_key, self.chosen_step, self.scored = key, self.step, seen
             self.chosen = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         if train.stop_at is not None and scores.token_accuracy >= train.stop_at:
             self.stopped = (
@@ -330,6 +336,7 @@ class Loop:
                 "random": torch.get_rng_state(),
                 "chosen": self.chosen,
                 "chosen_key": list(self.chosen_key),
+                "scored": {split: scores.model_dump() for split, scores in self.scored.items()},
                 **{name: getattr(self, name) for name in _COUNTERS},
                 "earlier_seconds": self.seconds,
                 "spent": self.spent,
@@ -349,6 +356,7 @@ class Loop:
         torch.set_rng_state(state["random"])
         self.chosen = state["chosen"]
         self.chosen_key = tuple(state["chosen_key"])
+        self.scored = {split: Scores(**scores) for split, scores in state.get("scored", {}).items()}
         self.stepper.backends |= set(state["backends"])
         self.losses = [loss.to(self.device) for loss in state["losses"]]
         self.earlier_seconds = state["earlier_seconds"]
