@@ -159,8 +159,10 @@ def sweep(
     if dry_run:
         _dry_run(sweeps, out, runner.slots)
         return
-    from mad_efla import tracking
+    from mad_efla import processes, tracking
 
+    if executor == "local" and workers != 0:
+        processes.prepare()
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
     told = _Told(uri, log_models, figures=not no_figures)
     sys.exit(_sweep(sweeps, out, runner, told, max_hours, retry_failed))
@@ -332,19 +334,14 @@ def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
 
 def _draw(records: "list[SweepRecord]", out: Path) -> None:
     """Draw what MLflow shows of sweeps; what cannot be drawn costs a line and nothing else."""
-    from mad_efla import display
-    from mad_efla.figures import artifacts
+    from mad_efla import display, drawing
 
     err = display.stderr()
-    for record in records:
-        try:
-            artifacts.of_sweep(out, record)
-        except KeyboardInterrupt:
-            err.print("interrupted: `mad-efla sync --figures` draws the rest", markup=False)
-            return
-        except Exception as error:  # a plug-in's dynamics, a full disk: the results are there
-            text = f"warning: {record.task}, plan {record.plan}: not all is drawn: {error!r}"
-            err.print(text, markup=False, highlight=False, soft_wrap=True)
+    try:
+        for problem in drawing.draw(out, records):
+            err.print(f"warning: {problem}", markup=False, highlight=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        err.print("interrupted: `mad-efla sync --figures` draws the rest", markup=False)
 
 
 def _print_next(out: Path, tracking_uri: str | None) -> None:
@@ -670,10 +667,10 @@ def bench_step(
     \b
     mad-efla bench step recall --set "mixers=[attention, efla, deltanet, mamba2]"
     """
-    from mad_efla import bench, display, execute, sweep
+    from mad_efla import bench, display, machine, sweep
 
-    device = execute.resolve_device(device)
-    found = sweep.expand(task, plan, assignments, execute.resolve_precision(device))
+    device = machine.resolve_device(device)
+    found = sweep.expand(task, plan, assignments, machine.resolve_precision(device))
     shapes = {(r.setting, r.mixer): r for r in reversed(found.runs)}
     times = bench.steps(list(reversed(shapes.values())), device, rounds)
     display.stdout().print(display.step_times(times))
@@ -697,9 +694,9 @@ def bench_overhead(task: str, plan: str, assignments: tuple[str, ...], workers: 
     \b
     mad-efla bench overhead recall --set seeds=[0]
     """
-    from mad_efla import bench, display, execute, executors, sweep
+    from mad_efla import bench, display, executors, machine, sweep
 
-    found = sweep.expand(task, plan, assignments, execute.resolve_precision("cpu"))
+    found = sweep.expand(task, plan, assignments, machine.resolve_precision("cpu"))
     split = bench.overhead(found, "cpu", workers or executors.cores())
     display.stdout().print(bench.split_table(split))
 
@@ -741,10 +738,10 @@ def bench_device(
     """
     import json
 
-    from mad_efla import execute, sweep, throughput
+    from mad_efla import machine, sweep, throughput
 
-    device = execute.resolve_device(device)
-    precision = execute.resolve_precision(device)
+    device = machine.resolve_device(device)
+    precision = machine.resolve_precision(device)
     runs = [r for task in tasks for r in sweep.expand(task, plan, assignments, precision).runs]
     for row in throughput.measure(runs, device, seconds, list(at_once)):
         line = json.dumps(row)

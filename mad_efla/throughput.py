@@ -10,8 +10,8 @@ Steps count per run: 4 runs that make 100 steps each in a second are 400.
 """
 
 import functools
-import multiprocessing
 import platform
+import signal
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Barrier
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
-from mad_efla import devices, model, step
+from mad_efla import devices, model, processes, step
 from mad_efla.run import RunConfig
 from mad_efla.store import RunFolder
 from mad_efla.tasks import IGNORE
@@ -194,14 +194,10 @@ def _wait(device: str) -> None:
 
 
 def _shared(run: RunConfig, n: int, device: str, seconds: float) -> Row:
-    context = multiprocessing.get_context("spawn")
-    ready, speeds = context.Barrier(n), context.SimpleQueue()
+    ready, speeds = processes.context.Barrier(n), processes.context.SimpleQueue()
     workers = [
-        context.Process(target=_share, args=(_seeded(run, i), device, seconds, ready, speeds))
-        for i in range(n)
+        processes.start(_share, _seeded(run, i), device, seconds, ready, speeds) for i in range(n)
     ]
-    for worker in workers:
-        worker.start()
     for worker in workers:
         worker.join()
     if any(worker.exitcode for worker in workers):
@@ -209,7 +205,11 @@ def _shared(run: RunConfig, n: int, device: str, seconds: float) -> Row:
     return {"steps_per_second": sum(speeds.get() for _ in workers)}
 
 
-def _share(run: RunConfig, device: str, seconds: float, ready: Barrier, speeds: Any) -> None:
+def _share(
+    environment: dict[str, str], run: RunConfig, device: str, seconds: float, ready: Barrier,
+    speeds: Any,
+) -> None:  # fmt: skip
+    processes.begin(environment, signal.SIG_DFL)
     torch.set_num_threads(1)
     if device == "cuda":
         devices.take()

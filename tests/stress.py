@@ -74,7 +74,7 @@ def stress(folder: Path, kills: int, runs: int, steps: int, seed: int) -> Count:
                 break  # it ended before the last kill: raise `steps`
             driver = _start(folder, "disturbed")
             continue
-        victims = [driver.pid, *_workers(driver.pid)]
+        victims = [driver.pid, *_workers(driver.pid, and_server=True)]
         with_driver = rng.random() < 0.5
         victim = victims[0] if with_driver or len(victims) == 1 else rng.choice(victims[1:])
         try:
@@ -104,15 +104,25 @@ def _start(folder: Path, name: str) -> subprocess.Popen:
         )  # fmt: skip
 
 
-def _workers(driver: int) -> list[int]:
-    """Name the worker processes of a driver, by what the system says of its children."""
-    found = []
-    for task in Path(f"/proc/{driver}/task").glob("*/children"):
-        for pid in task.read_text().split():
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"spawn_main" in command:
-                found.append(int(pid))
+def _workers(driver: int, *, and_server: bool = False) -> list[int]:
+    """Name the worker processes of a driver, and the process they are forked from."""
+    servers = [p for p in _children(driver) if b"forkserver" in _command(p)]
+    workers = [p for server in servers for p in _children(server)]
+    return servers + workers if and_server else workers
+
+
+def _children(process: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # it has just ended
+        for task in Path(f"/proc/{process}/task").glob("*/children"):
+            found += map(int, task.read_text().split())
     return found
+
+
+def _command(process: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    return b""
 
 
 def _compare(folder: Path) -> tuple[int, int, int]:

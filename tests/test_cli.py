@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mad_efla import execute
 from mad_efla.cli import cli
 from mad_efla.store import RunFolder, read_sweeps
 
@@ -39,7 +38,7 @@ def test_a_sweep_prints_its_table_and_where_things_are(files):
 
 def test_the_same_sweep_again_makes_nothing_and_prints_the_same_table(files, monkeypatch):
     first = call(*SWEEP)
-    monkeypatch.setattr(execute, "train", lambda *a, **k: pytest.fail("made again"))
+    monkeypatch.setattr("mad_efla.attempt.train", lambda *a, **k: pytest.fail("made again"))
     again = call(*SWEEP)
     assert again.stdout == first.stdout
     assert again.stderr == ""

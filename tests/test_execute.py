@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from mad_efla import execute
-from mad_efla.config import ConfigError
 from mad_efla.estimate import Costs
 from mad_efla.run import Limits
 from mad_efla.store import RunFolder
@@ -262,25 +261,6 @@ def _wait(true, seconds=60):
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_cuda_without_cuda_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="sees no CUDA device; use --device cpu"):
-        execute.resolve_device("cuda")
-    assert execute.resolve_device("auto") == "cpu"
-
-
-def test_auto_precision_is_bfloat16_only_where_the_cpu_has_it(monkeypatch):
-    for has, expected in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(execute, "_cpu_has_bfloat16", lambda has=has: has)
-        assert execute.resolve_precision("cpu") == expected
-
-
-def test_the_environment_names_versions_and_commit():
-    found = execute.environment("cpu")
-    assert found["torch"] == torch.__version__
-    assert found["git_commit"]
 
 
 def test_a_run_that_another_sweep_makes_is_left_until_the_others_are_done(tmp_path):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from mad_efla import execute, lease
+from mad_efla import attempt, execute, lease
 from mad_efla.lease import Fenced
 from mad_efla.store import RunFolder
 from tests.tiny import tiny
@@ -138,7 +138,7 @@ def test_a_run_taken_over_while_it_slept_writes_nothing_more(tmp_path, monkeypat
             taken.append(sorted((p.name, p.stat().st_size) for p in folder.path.iterdir()))
         return False
 
-    execute.attempt(folder, "cpu", {}, stop)
+    attempt.attempt(folder, "cpu", {}, stop)
     files = sorted((p.name, p.stat().st_size) for p in folder.path.iterdir())
     assert files == taken[1]
     assert folder.result() is None
@@ -153,9 +153,10 @@ def test_a_run_taken_over_while_it_slept_writes_nothing_more(tmp_path, monkeypat
 def test_four_sweeps_at_once_make_each_run_once(tmp_path, monkeypatch):
     runs = [tiny(seed=s) for s in range(6)]
     made = []
-    real = execute.train
+    real = attempt.train
     monkeypatch.setattr(
-        execute, "train", lambda run, *a, **k: (made.append(run.fingerprint), real(run, *a, **k))
+        "mad_efla.attempt.train",
+        lambda run, *a, **k: (made.append(run.fingerprint), real(run, *a, **k)),
     )
     threads = [
         threading.Thread(

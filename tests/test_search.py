@@ -42,7 +42,7 @@ def learns(monkeypatch):
                 raise Interrupted
         folder.finish(result(run.fingerprint, best, steps=run.steps))
 
-    monkeypatch.setattr(execute, "train", train)
+    monkeypatch.setattr("mad_efla.attempt.train", train)
 
 
 def explore(tmp_path, plan=SEARCH, out="runs", stop_after=None, **sets):

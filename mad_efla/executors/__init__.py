@@ -13,9 +13,10 @@ from typing import Protocol
 
 import torch
 
-from mad_efla import execute
+from mad_efla import execute, machine
+from mad_efla.attempt import NO_LIMITS
 from mad_efla.config import ConfigError
-from mad_efla.execute import NO_LIMITS, Event, OutOfTime, Watch, Work
+from mad_efla.execute import Event, OutOfTime, Watch, Work
 from mad_efla.run import Limits, RunConfig
 from mad_efla.store import RunFolder
 
@@ -98,8 +99,8 @@ class Local:
     """
 
     def __init__(self, device: str, workers: int | None, per_device: int | None):
-        self.device = execute.resolve_device(device)
-        self.precision = execute.resolve_precision(self.device)
+        self.device = machine.resolve_device(device)
+        self.precision = machine.resolve_precision(self.device)
         if workers is not None and per_device is not None:
             raise ConfigError(
                 f"--workers {workers} --per-device {per_device}: both say how many run at once; "

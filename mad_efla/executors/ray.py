@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from mad_efla import execute
+from mad_efla import attempt, execute, machine, processes
+from mad_efla.attempt import NO_LIMITS
 from mad_efla.config import ConfigError
-from mad_efla.execute import NO_LIMITS, Watch, Work
+from mad_efla.execute import Watch, Work
 from mad_efla.executors import follow
 from mad_efla.run import Limits
 from mad_efla.step import VARIABLE as FORM
@@ -68,7 +69,7 @@ class Ray:
             )
         self.device = "cuda" if device != "cpu" and gpus else "cpu"
         self.per_device = per_device
-        asked: Any = self._task(execute.resolve_precision).remote(self.device)
+        asked: Any = self._task(machine.resolve_precision).remote(self.device)
         self.precision: str = ray.get(asked)
 
     @property
@@ -120,7 +121,7 @@ def _join(workers: int | None) -> None:
         ray.init(
             num_cpus=workers, include_dashboard=False, log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": execute.ALLOCATOR | chosen},
+            runtime_env={"env_vars": processes.ENVIRONMENT | chosen},
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -232,4 +233,4 @@ def _make(
 
 def _attempt(folder: RunFolder, device: str, limits: Limits, asked: list[int]) -> None:
     with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
-        execute.attempt(folder, device, execute.environment(device), lambda: bool(asked), limits)
+        attempt.attempt(folder, device, machine.environment(device), lambda: bool(asked), limits)

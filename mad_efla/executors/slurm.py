@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from mad_efla import execute
+from mad_efla import attempt, execute, machine, processes
+from mad_efla.attempt import NO_LIMITS
 from mad_efla.config import ConfigError
-from mad_efla.execute import NO_LIMITS, Watch, Work
+from mad_efla.execute import Watch, Work
 from mad_efla.executors import follow
 from mad_efla.run import Limits, RunConfig
 from mad_efla.store import RunFolder
@@ -58,9 +59,9 @@ class Slurm:
                 "local or ray inside one allocation"
             )
         self.cluster, self.slots = cluster, workers or AT_ONCE
-        self.device = device if device == "cuda" else execute.resolve_device(device)
+        self.device = device if device == "cuda" else machine.resolve_device(device)
         here = self.device == "cpu" or torch.cuda.is_available()
-        self.precision = execute.resolve_precision(self.device) if here else "bfloat16"
+        self.precision = machine.resolve_precision(self.device) if here else "bfloat16"
 
     def perform(
         self,
@@ -79,6 +80,7 @@ class Slurm:
         )  # fmt: skip
         names = [r.fingerprint for r in longest_first]
         make = _Make(str(out.resolve()), self.device, limits)
+        os.environ.update(processes.ENVIRONMENT | os.environ)  # which jobs inherit
         with execute.terminate_as_interrupt():
             jobs = dict(zip(names, executor.map_array(make, names), strict=True))
             try:
@@ -114,12 +116,11 @@ class _Make:
         asked: list[int] = []
         for stop in (signal.SIGTERM, signal.SIGINT):  # scancel, and a cancelled local job
             signal.signal(stop, lambda number, frame: asked.append(number))
-        os.environ.update(execute.ALLOCATOR | os.environ)
         torch.set_num_threads(1)
         folder = RunFolder(Path(self.out), fingerprint)
         with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
-            about = execute.environment(self.device)
-            execute.attempt(folder, self.device, about, lambda: bool(asked), self.limits)
+            about = machine.environment(self.device)
+            attempt.attempt(folder, self.device, about, lambda: bool(asked), self.limits)
 
     def checkpoint(self, fingerprint: str) -> submitit.helpers.DelayedSubmission:
         return submitit.helpers.DelayedSubmission(self, fingerprint)

@@ -10,7 +10,7 @@ synchronises. So every `Mirror` has a guard, which waits on a pipe from the driv
 The guard is started by its path. As a module (`-m`) it would import this package first, and with it
 torch; so it is a bare interpreter until it is needed. The store comes through the pipe because an
 address may hold a password, which a command line shows. Only the driver holds the other end of the
-pipe: worker processes are spawned, and spawning hands down no descriptors.
+pipe: workers come from a process of their own, which is handed none of our descriptors.
 """
 
 import contextlib

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mad_efla import execute, sweep
+from mad_efla import attempt, execute, sweep
 from mad_efla.estimate import Costs
 from mad_efla.store import RunFolder
 from tests.tiny import write_files
@@ -169,7 +169,7 @@ def test_without_a_shared_folder_the_files_come_home(nodes, runs, quiet, monkeyp
     first = runs[0]
     begun = RunFolder(Path("there"), first.fingerprint)
     begun.create(first)
-    execute.attempt(begun, "cpu", {}, lambda: len(begun.rows()[0]) > 20)
+    attempt.attempt(begun, "cpu", {}, lambda: len(begun.rows()[0]) > 20)
     assert begun.failure().kind == "interrupted"
     monkeypatch.setattr(ray, "_probe", nowhere)
     seen = []
