@@ -472,25 +472,38 @@ def failure(run: RunConfig, folder: RunFolder) -> str:
     return f"failed: {name(run)}: {reason}\n  {cure}"
 
 
-def standing(found: Standing, costs: Costs) -> list[str]:
-    """Say how a sweep stands, and for how much longer by the costs of its runs."""
+def standing(found: Standing) -> list[str]:
+    """Say how a sweep stands: counts, what runs, what failed and why."""
     record, total = found.record, len(found.record.fingerprints)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(found.counts.items()))
     lines = [f"{record.task}, plan {record.plan}: {total} runs: {counts}"]
-    if found.waiting or found.running:
-        workers = len(found.running)
-        under_way = {r.fingerprint: row.step / r.steps if row else 0.0 for r, row in found.running}
-        seconds = costs.left([r.fingerprint for r in found.waiting], under_way, workers)
-        left = "not known yet" if seconds is None else duration(seconds)
-        if seconds is not None:
-            left += f" on the {workers} that run" if workers else " of one worker, and none runs"
-        lines.append(f"  time left: {left}")
     for run, row in found.running:
         step = f"step {row.step}/{run.steps} {_figures(row.metrics)}" if row else "starting"
         lines.append(f"  running: {run.fingerprint} {name(run)}: {step}")
     for run, failed in found.failed:
         lines.append(f"  failed: {run.fingerprint} {name(run)}: {failed.reason}")
     return lines
+
+
+def left(found: list[Standing], costs: Costs) -> str:
+    """Say for how much longer sweeps run, by the costs of their runs; empty if none has work.
+
+    Runs that several sweeps share count once, and so do the workers, which sweeps of one call have
+    in common.
+    """
+    waiting = {r.fingerprint for standing in found for r in standing.waiting}
+    running = {r.fingerprint: (r, row) for standing in found for r, row in standing.running}
+    if not waiting and not running:
+        return ""
+    for key, (_, row) in running.items():
+        if row and "train/tokens_per_second" in row.metrics:
+            costs.notice(key, row.metrics["train/tokens_per_second"])
+    under_way = {key: row.step / r.steps if row else 0.0 for key, (r, row) in running.items()}
+    seconds, workers = costs.left(waiting, under_way, len(running)), len(running)
+    if seconds is None:
+        return "time left: not known yet"
+    on = f"on the {workers} that run" if workers else "of one worker, and none runs"
+    return f"time left: {duration(seconds)} {on}"
 
 
 def log(folder: RunFolder) -> list[str]:

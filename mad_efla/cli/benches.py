@@ -1,0 +1,145 @@
+"""The commands that measure this machine: bench step, data, overhead, device."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mad_efla.cli.shared import data_dir_option, options, says_errors
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.group()
+def bench() -> None:
+    """Measure this machine, side by side in one process."""
+
+
+@bench.command("step")
+@click.argument("task")
+@options(
+    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="Where to train.",
+    ),
+    click.option("--rounds", type=click.IntRange(4), default=10, show_default=True),
+    data_dir_option,
+)  # fmt: skip
+@says_errors
+def bench_step(
+    task: str, plan: str, assignments: tuple[str, ...], device: str, rounds: int
+) -> None:
+    """Time a training step of each mixer and setting of a plan on TASK, on one thread.
+
+    \b
+    mad-efla bench step recall --set "mixers=[attention, efla, deltanet, mamba2]"
+    """
+    from mad_efla import bench, display, machine, sweep
+
+    device = machine.resolve_device(device)
+    found = sweep.expand(task, plan, assignments, machine.resolve_precision(device))
+    shapes = {(r.setting, r.mixer): r for r in reversed(found.runs)}
+    times = bench.steps(list(reversed(shapes.values())), device, rounds)
+    display.stdout().print(display.step_times(times))
+
+
+@bench.command("overhead")
+@click.argument("task")
+@options(
+    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    click.option(
+        "--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: the cores]"
+    ),
+)  # fmt: skip
+@says_errors
+def bench_overhead(task: str, plan: str, assignments: tuple[str, ...], workers: int | None) -> None:
+    """Sweep TASK under a plan on the CPU, mirrored to MLflow, and print where the time went.
+
+    Nothing of the sweep is kept.
+
+    \b
+    mad-efla bench overhead recall --set seeds=[0]
+    """
+    from mad_efla import bench, display, executors, machine, sweep
+
+    found = sweep.expand(task, plan, assignments, machine.resolve_precision("cpu"))
+    split = bench.overhead(found, "cpu", workers or executors.cores())
+    display.stdout().print(bench.split_table(split))
+
+
+@bench.command("device")
+@click.argument("tasks", nargs=-1, required=True)
+@options(
+    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="Where to train.",
+    ),
+    click.option(
+        "--seconds", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
+        help="To time each measurement for.",
+    ),
+    click.option(
+        "--at-once", type=click.IntRange(2), multiple=True, default=(2, 4, 8), show_default=True,
+        metavar="N", help="Runs to share the device, and to be stacked. Repeatable.",
+    ),
+    click.option(
+        "--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Append the lines to FILE, too.",
+    ),
+)  # fmt: skip
+@says_errors
+def bench_device(
+    tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], device: str, seconds: float,
+    at_once: tuple[int, ...], to: Path | None,
+) -> None:  # fmt: skip
+    """Time training steps of a plan on TASKS in every way to make many runs, as JSON lines.
+
+    One run by each form of the step, several processes that share the device, several runs stacked
+    in one program; last, an estimate of the whole plan for each mixer.
+
+    \b
+    mad-efla bench device recall --set mixers=[efla] --at-once 4
+    """
+    import json
+
+    from mad_efla import machine, sweep, throughput
+
+    device = machine.resolve_device(device)
+    precision = machine.resolve_precision(device)
+    runs = [r for task in tasks for r in sweep.expand(task, plan, assignments, precision).runs]
+    for row in throughput.measure(runs, device, seconds, list(at_once)):
+        line = json.dumps(row)
+        click.echo(line)
+        if to is not None:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with to.open("a") as file:
+                file.write(line + "\n")
+
+
+@bench.command("data")
+@click.argument("tasks", nargs=-1)
+@options(
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+    click.option("--rounds", type=click.IntRange(1), default=1, show_default=True),
+    data_dir_option,
+)  # fmt: skip
+@says_errors
+def bench_data(tasks: tuple[str, ...], seed: int, rounds: int) -> None:
+    """Time the generation of every setting of TASKS (all that generate), on one core.
+
+    \b
+    mad-efla bench data recall fuzzy_recall --rounds 3
+    """
+    from mad_efla import bench, config, display, sweep
+    from mad_efla.tasks import RealTask
+
+    names = tasks or tuple(str(path) for path in config.presets("tasks"))
+    settings = [setting for task in names for setting in sweep.settings(task)]
+    settings = [s for s in settings if tasks or not isinstance(s.task, RealTask)]
+    display.stdout().print(bench.data_table(bench.data_times(settings, seed, rounds)))

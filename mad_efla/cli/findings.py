@@ -1,0 +1,235 @@
+"""The commands that read runs: score, results, report, spectrum, causes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mad_efla.cli.shared import (
+    OUT,
+    data_dir_option,
+    options,
+    out_option,
+    says_errors,
+    tracking_option,
+)
+from mad_efla.config import ConfigError
+
+if TYPE_CHECKING:
+    from mad_efla.spectrum import Diagnosis
+    from mad_efla.store import RunFolder
+
+
+@click.command()
+@click.argument("runs", type=click.Path(path_type=Path), default=OUT)
+@options(
+    click.option("--json", "form", flag_value="json", help="Everything, as JSON."),
+    click.option("--csv", "form", flag_value="csv", help="One row per protocol, mixer, task."),
+    click.option("--latex", "form", flag_value="latex", help="A booktabs table."),
+)
+@says_errors
+def score(runs: Path, form: str | None) -> None:
+    """Score the sweeps under RUNS: per mixer and task, with intervals and paired differences.
+
+    The grid point is chosen on validation and reported on test; protocols are never mixed.
+    """
+    from mad_efla import display, export, leaderboard
+
+    boards = leaderboard.leaderboards(*leaderboard.read(runs))
+    if not boards:
+        raise ConfigError(f"{runs}: holds exploring runs only, which have no score")
+    if form:
+        write = {"json": export.as_json, "csv": export.as_csv, "latex": export.as_latex}[form]
+        click.echo(write(boards), nl=False)
+        return
+    console = display.stdout()
+    for board in boards:
+        for table in display.leaderboard(board):
+            console.print(table)
+
+
+@click.command()
+@click.argument("runs", type=click.Path(path_type=Path), default=OUT)
+@options(
+    click.option(
+        "--into", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Replace the sections of these plans in FILE, and keep the others; else print.",
+    ),
+    click.option(
+        "--readings", type=click.Path(path_type=Path, file_okay=False, exists=True),
+        help="Folder with PLAN.md, to be set under the heading of a plan.",
+    ),
+)  # fmt: skip
+@says_errors
+def results(runs: Path, into: Path | None, readings: Path | None) -> None:
+    """Write the results page of the sweeps under RUNS: a section per plan, in Markdown.
+
+    \b
+    mad-efla results runs --into RESULTS.md --readings sweeps
+    """
+    from mad_efla import results, store
+
+    found = results.sections(runs, readings)
+    if into is None:
+        click.echo(results.page(found), nl=False)
+        return
+    previous = into.read_text() if into.exists() else ""
+    store.write_bytes(into, results.page(found, previous).encode())
+
+
+@click.command()
+@click.argument("runs", type=click.Path(path_type=Path), default=OUT)
+@options(
+    click.option(
+        "--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Where the page goes, its figures beside it.  [default: RUNS/report/index.html]",
+    ),
+    data_dir_option,
+)  # fmt: skip
+@says_errors
+def report(runs: Path, to: Path | None) -> None:
+    """Write the sweeps under RUNS as one HTML page that needs no other file, and its figures.
+
+    Scores with intervals, difficulty, learning curves, memory, learning rates, paired differences,
+    spectra of the best runs, what failed, protocol and versions. Figures go beside the page as
+    PNG and SVG.
+
+    \b
+    mad-efla report runs --to recall.html
+    """
+    from mad_efla import report
+
+    written = report.write(runs, to or runs / "report" / "index.html")
+    click.echo(written[0])
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@options(
+    out_option,
+    click.option(
+        "--to", type=click.Path(path_type=Path, file_okay=False), default="figures",
+        show_default=True, help="Folder for the figures; those of the same name are replaced.",
+    ),
+    click.option("--against", metavar="RUN", help="Show the differences from this run, too."),
+    click.option(
+        "--examples", type=click.IntRange(1), default=16, show_default=True, metavar="N",
+        help="Sequences of the test split to look at.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(0), default=0, show_default=True,
+        help="Draws the noise and the replaced token that gains are measured with.",
+    ),
+    click.option(
+        "--log", is_flag=True,
+        help="Draw each RUN on a page of its own, too, as an artifact of the run in MLflow.",
+    ),
+    tracking_option,
+    data_dir_option,
+)  # fmt: skip
+@says_errors
+def spectrum(
+    runs: tuple[str, ...], out: Path, to: Path, against: str | None, examples: int, seed: int,
+    log: bool, tracking_uri: str | None,
+) -> None:  # fmt: skip
+    """Show what trained mixers do with their memory: a table, and figures as PNG and SVG.
+
+    A RUN is named by the beginning of its name, as in `mad-efla status`. Its weights are looked at
+    in float32 on the CPU: eigenvalues, horizons, rank of the state, overlap of keys, reach, gain.
+
+    \b
+    mad-efla spectrum 135d66 d83b51 --against 1719e0 --to figures
+    """
+    from mad_efla import display, figures, status
+    from mad_efla.figures import spectra
+
+    named = [status.find(out, run) for run in (*filter(None, [against]), *runs)]
+    folders = list({folder.fingerprint: folder for folder in named}.values())
+    names = spectra.names([folder.run() for folder in folders])
+    found = {
+        name: spectra.diagnose(folder, examples, seed)
+        for name, folder in zip(names, folders, strict=True)
+    }
+    drawn = spectra.figures(found)
+    scalars = {name: diagnosis.scalars() for name, diagnosis in found.items()}
+    table = display.spectra(scalars, names[0] if against else None)
+    display.stdout().print(table, soft_wrap=True)
+    for name, figure in drawn.items():
+        for path in figures.save(figure, to / name):
+            click.echo(path)
+    if log:
+        _log_figures(list(zip(folders, found.values(), strict=True)), out, tracking_uri)
+
+
+def _log_figures(
+    looked: "list[tuple[RunFolder, Diagnosis]]", out: Path, tracking_uri: str | None
+) -> None:
+    from mad_efla import tracking
+    from mad_efla.figures import artifacts
+
+    uri = tracking.resolve_uri(tracking_uri)
+    for folder, diagnosis in looked:
+        for path in artifacts.of_run(folder, diagnosis):
+            click.echo(path)
+    report = tracking.sync(uri, out, fingerprints=[folder.fingerprint for folder, _ in looked])
+    if report.problem:
+        raise ConfigError(report.problem)
+
+
+@click.command()
+@click.argument("runs", type=click.Path(path_type=Path), default=OUT)
+@options(
+    click.option("--plan", help="Whose runs, where RUNS holds those of several plans."),
+    click.option(
+        "--mixer", "mixers", multiple=True, metavar="LABEL",
+        help="Which, by the label in the tables. Repeatable.  [default: all]",
+    ),
+    click.option("--corruption", default="intensity", show_default=True, help="By its name."),
+    click.option(
+        "--severity", type=float, metavar="S",
+        help="At which parts are exchanged.  [default: the largest]",
+    ),
+    click.option(
+        "--parts", "groups", multiple=True, metavar="A+B",
+        help="Parts exchanged together, as in erase+write. Repeatable.  [default: each alone]",
+    ),
+    click.option(
+        "--examples", type=click.IntRange(1), default=16, show_default=True, metavar="N",
+        help="Sequences that are diagnosed.",
+    ),
+    click.option(
+        "--to", type=click.Path(path_type=Path, file_okay=False), default="figures",
+        show_default=True, help="Folder for the figures; those of the same name are replaced.",
+    ),
+    data_dir_option,
+)  # fmt: skip
+@says_errors
+def causes(
+    runs: Path, plan: str | None, mixers: tuple[str, ...], corruption: str,
+    severity: float | None, groups: tuple[str, ...], examples: int, to: Path,
+) -> None:  # fmt: skip
+    """Find out why mixers fail on corrupted inputs: what their layers do, which part did it.
+
+    Of each mixer the runs at its chosen grid point, all seeds. Layers of the delta family are taken
+    apart: each part is computed from the corrupted input alone, and from the clean one alone.
+
+    \b
+    mad-efla causes runs --mixer plain_efla --mixer plain_deltanet --corruption intensity
+    """
+    from mad_efla import causes, display, figures
+    from mad_efla.figures import robustness
+
+    arms = causes.choose(runs, plan, mixers)
+    parts = [tuple(name.strip() for name in group.split("+")) for group in groups]
+    found = [
+        causes.account(runs, arm, corruption, severity, groups=parts, examples=examples)
+        for arm in arms
+    ]
+    for table in display.accounts(found):
+        display.stdout().print(table)
+    drawn = {f"{corruption}-states": robustness.states(found)}
+    if any(account.blames for account in found):
+        drawn[f"{corruption}-blame"] = robustness.blame(found)
+    for name, figure in drawn.items():
+        for path in figures.save(figure, to / name):
+            click.echo(path)

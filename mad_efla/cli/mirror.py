@@ -1,0 +1,61 @@
+"""The commands of the MLflow mirror: ui, sync."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mad_efla.cli.shared import (
+    draw,
+    log_model_option,
+    options,
+    out_option,
+    says_errors,
+    tracking_option,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command()
+@options(
+    out_option,
+    tracking_option,
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+    click.option(
+        "--port", type=click.IntRange(1, 65535), help="Port.  [default: 5000, or a free one]"
+    ),
+)  # fmt: skip
+@says_errors
+def ui(out: Path, tracking_uri: str | None, host: str, port: int | None) -> None:
+    """Open MLflow on the runs."""
+    from mad_efla import tracking
+
+    tracking.ui(tracking.resolve_uri(tracking_uri), out, host, port, click.echo)
+
+
+@click.command()
+@options(
+    out_option,
+    tracking_option,
+    log_model_option,
+    click.option(
+        "--figures", is_flag=True,
+        help="Draw leaderboards, and the memory of each mixer's best run in each setting.",
+    ),
+)  # fmt: skip
+@says_errors
+def sync(out: Path, tracking_uri: str | None, log_models: bool, figures: bool) -> None:
+    """Bring MLflow up to date from the run folders, as after a server was away."""
+    from mad_efla import store, tracking
+
+    uri = tracking.resolve_uri(tracking_uri)
+    if figures:
+        draw(store.read_sweeps(out), out)
+    report = tracking.sync(uri, out, log_models=log_models)
+    if report.problem:
+        click.echo(f"error: {report.problem}", err=True)
+        sys.exit(1)
+    click.echo(f"{report.runs} runs are up to date")

@@ -1,0 +1,133 @@
+"""The commands about what there is to train on and with: list, show, check, data."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mad_efla.cli.shared import data_dir_option, options, says_errors
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command("list")
+@click.argument("kind", type=click.Choice(["tasks", "mixers", "plans"]))
+@click.option(
+    "--at", multiple=True, metavar="width=N",
+    help="For mixers: what a layer costs at this width, and at seq_len=N. Repeatable.",
+)  # fmt: skip
+@says_errors
+def list_(kind: str, at: tuple[str, ...]) -> None:
+    """List the tasks, mixers or plans there are, with their fields.
+
+    \b
+    mad-efla list mixers --at width=128 --at seq_len=512
+    """
+    from mad_efla import catalogue, display
+
+    if at and kind != "mixers":
+        raise click.UsageError(f"--at {at[0]} is for mixers, not for {kind}")
+    display.stdout().print(catalogue.costs(at) if at else catalogue.table(kind))
+
+
+@click.command()
+@click.argument("task")
+@options(
+    click.option("--examples", type=click.IntRange(1, 100), default=2, show_default=True),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    data_dir_option,
+    click.option(
+        "--svg", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Draw them into FILE instead.",
+    ),
+)  # fmt: skip
+@says_errors
+def show(
+    task: str, examples: int, seed: int, assignments: tuple[str, ...], svg: Path | None
+) -> None:
+    """Print examples of TASK: keys, values, what is scored, and what its solver answers, if any.
+
+    \b
+    mad-efla show tasks/recall.yaml --set task.seq_len=32
+    mad-efla show recall --set task.seq_len=24 --svg recall.svg
+    """
+    from mad_efla import catalogue, display
+
+    found = catalogue.examples(task, assignments, seed, examples)
+    if svg:
+        from mad_efla.figures import tasks
+
+        tasks.save(tasks.picture(Path(task).stem, found), svg)
+        click.echo(svg)
+        return
+    console = display.stdout()
+    for block in found:
+        for line in display.example(*block, columns=console.width):
+            console.print(line, soft_wrap=True)
+
+
+@click.command()
+@click.argument("name")
+@options(
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Its fields."),
+    click.option(
+        "--width", type=click.IntRange(1), default=32, show_default=True,
+        help="Width of the model that a mixer is built for.",
+    ),
+    data_dir_option,
+)  # fmt: skip
+@says_errors
+def check(name: str, assignments: tuple[str, ...], width: int) -> None:
+    """Check the mixer or task NAME against all that a mixer or task promises.
+
+    NAME is a built-in one, or package.module:Name of your own. Exit status 1 if a promise is
+    broken.
+
+    \b
+    mad-efla check my_package.decay:Decay --set start=0.5
+    """
+    from mad_efla import contract, display
+
+    kind, findings = contract.check(name, assignments, width)
+    display.stdout().print(display.findings(f"{kind} {name}", findings))
+    sys.exit(any(f.broken for f in findings))
+
+
+@click.command()
+@click.argument("task")
+@options(
+    click.option(
+        "--out", type=click.Path(path_type=Path, file_okay=False), required=True,
+        help="Folder to write to.",
+    ),
+    click.option(
+        "--setting", default="baseline", show_default=True, metavar="LABEL|N|all",
+        help="Which: its label, its number in the file (0 is the baseline), or all.",
+    ),
+    click.option(
+        "--split", type=click.Choice(["train", "validation", "test", "all"]), default="all",
+        show_default=True,
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    data_dir_option,
+)  # fmt: skip
+@says_errors
+def data(
+    task: str, out: Path, setting: str, split: str, seed: int, assignments: tuple[str, ...]
+) -> None:
+    """Write the data of TASK as .npz files, for use elsewhere.
+
+    \b
+    mad-efla data recall --out data --setting vocab_size=32 --split test
+    """
+    from mad_efla import data, sweep
+    from mad_efla.tasks import Split
+
+    splits: tuple[Split, ...] = tuple(s for s in data.SPLITS if split in (s, "all"))
+    for found in sweep.choose(sweep.settings(task, assignments), setting):
+        for path in data.save(out, found.task, seed, found.data, found.label, splits):
+            click.echo(path)

@@ -1,0 +1,77 @@
+"""What several commands share: options, errors, drawing."""
+
+import errno
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mad_efla.config import ConfigError
+
+if TYPE_CHECKING:
+    from mad_efla.store import SweepRecord
+
+OUT = "runs"
+
+
+def says_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn what the user can mend into lines without a traceback."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                raise
+            raise click.ClickException(f"{error}; once it can, the same command goes on") from None
+
+    return wrapped
+
+
+def options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command several options, listed in this order."""
+    return lambda function: functools.reduce(lambda f, o: o(f), reversed(options), function)
+
+
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path), default=OUT, show_default=True,
+    help="Folder of run folders.",
+)  # fmt: skip
+tracking_option = click.option(
+    "--tracking-uri", metavar="URI",
+    help="MLflow store; else MLFLOW_TRACKING_URI, else ./mlflow.db.",
+)  # fmt: skip
+log_model_option = click.option(
+    "--log-model", "log_models", is_flag=True,
+    help="Log the models of finished runs to MLflow, too, for `mlflow.pytorch.load_model`.",
+)  # fmt: skip
+
+
+def _use_data_dir(context: click.Context, option: click.Parameter, folder: Path | None) -> None:
+    if folder is not None:
+        os.environ["MAD_EFLA_DATA"] = str(folder.absolute())  # so that workers have it, too
+
+
+data_dir_option = click.option(
+    "--data-dir", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
+    callback=_use_data_dir, expose_value=False,
+    help="Folder of data sets, as DIR/mnist/; else MAD_EFLA_DATA.",
+)  # fmt: skip
+
+
+def draw(records: "list[SweepRecord]", out: Path) -> None:
+    """Draw what MLflow shows of sweeps; what cannot be drawn costs a line and nothing else."""
+    from mad_efla import display, drawing
+
+    err = display.stderr()
+    try:
+        for problem in drawing.draw(out, records):
+            err.print(f"warning: {problem}", markup=False, highlight=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        err.print("interrupted: `mad-efla sync --figures` draws the rest", markup=False)

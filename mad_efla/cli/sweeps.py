@@ -1,0 +1,307 @@
+"""The commands that make runs and follow them: sweep, status, logs."""
+
+import contextlib
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+
+from mad_efla.cli.shared import (
+    OUT,
+    data_dir_option,
+    draw,
+    log_model_option,
+    options,
+    out_option,
+    says_errors,
+    tracking_option,
+)
+from mad_efla.config import ConfigError
+
+if TYPE_CHECKING:
+    from mad_efla.executors import Executor
+    from mad_efla.store import SweepRecord
+    from mad_efla.sweep import Sweep
+
+
+class _Told(NamedTuple):
+    """What MLflow is told of a sweep; nothing without an address."""
+
+    uri: str | None
+    log_models: bool
+    figures: bool
+
+
+@click.command()
+@click.argument("tasks", nargs=-1, required=True)
+@options(
+    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
+    click.option(
+        "--set", "assignments", multiple=True, metavar="FIELD=VALUE",
+        help="Override any field, as in optim.lr=0.003. Repeatable.",
+    ),
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="Where to train.",
+    ),
+    click.option(
+        "--workers", type=click.IntRange(0), metavar="N",
+        help="Worker processes, one thread each; 0 trains in this process.  [default: the cores]",
+    ),
+    click.option(
+        "--per-device", type=click.IntRange(1), metavar="N",
+        help="Runs that share a GPU, in processes of their own.  [default: 1]",
+    ),
+    click.option(
+        "--executor", type=click.Choice(["local", "ray", "slurm"]), default="local",
+        show_default=True, help="Whose processes: this machine's, or a cluster's.",
+    ),
+    out_option,
+    tracking_option,
+    click.option("--no-tracking", is_flag=True, help="Leave MLflow alone; `mad-efla sync` later."),
+    log_model_option,
+    click.option(
+        "--no-figures", is_flag=True,
+        help="Draw no figures for MLflow at the end; `mad-efla sync --figures` later.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Print the runs and an estimate, and stop."),
+    click.option(
+        "--max-hours", type=click.FloatRange(0, min_open=True), metavar="H",
+        help="Stop after H hours as Ctrl-C would.",
+    ),
+    click.option("--retry-failed", is_flag=True, help="Make runs again that failed by an error."),
+    data_dir_option,
+)  # fmt: skip
+@says_errors
+def sweep(
+    tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], device: str,
+    workers: int | None, per_device: int | None, executor: str, out: Path,
+    tracking_uri: str | None, no_tracking: bool, log_models: bool, no_figures: bool,
+    dry_run: bool, max_hours: float | None, retry_failed: bool,
+) -> None:  # fmt: skip
+    """Train every mixer of a plan on TASKS and show who learned what.
+
+    Runs that are done already are not made again; what was interrupted goes on, as does what failed
+    for want of memory, disk or a worker. What failed by an error of its own waits for
+    --retry-failed.
+
+    \b
+    mad-efla sweep tasks/recall.yaml
+    mad-efla sweep recall --plan mad --dry-run
+    mad-efla sweep recall --set mixers=[efla] --set optim.lr=0.003
+    mad-efla sweep recall --plan mad --executor ray
+    """
+    from mad_efla import executors, sweep
+
+    runner = executors.choose(executor, device=device, workers=workers, per_device=per_device)
+    sweeps = [sweep.expand(task, plan, assignments, runner.precision) for task in tasks]
+    if dry_run:
+        _dry_run(sweeps, out, runner.slots)
+        return
+    from mad_efla import processes, tracking
+
+    if executor == "local" and workers != 0:
+        processes.prepare()
+    uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
+    told = _Told(uri, log_models, figures=not no_figures)
+    sys.exit(_sweep(sweeps, out, runner, told, max_hours, retry_failed))
+
+
+def _dry_run(sweeps: "list[Sweep]", out: Path, slots: int) -> None:
+    from mad_efla import display, estimate, sweep
+
+    console = display.stdout()
+    runs = []
+    for found in sweeps:
+        runs += found.runs
+        for line in display.matches(found.matches):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            display.runs(found.runs, sweep.differences(found.runs), found.sizes), soft_wrap=True
+        )
+    sizes = {f: s for w in sweeps for f, s in w.sizes.items()}
+    guess = estimate.estimate(runs, out, sizes, slots)
+    if search := sweeps[0].search:
+        console.print(f"search {search.method}: {search.trials} trials like each of these, "
+                      f"over {', '.join(search.over)}")  # fmt: skip
+        guess = guess._replace(seconds=guess.seconds * search.trials)
+    same = f"protocol {sweeps[0].protocol}, precision {runs[0].train.precision}"
+    console.print(
+        f"{len(runs)} runs, {guess.done} of them done; {same}; "
+        f"about {display.duration(guess.seconds)} on {slots} workers ({guess.basis})",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def _sweep(
+    sweeps: "list[Sweep]", out: Path, runner: "Executor", told: _Told, max_hours: float | None,
+    retry_failed: bool,
+) -> int:  # fmt: skip
+    """Make what is missing, mirror it, print the tables; return the exit status."""
+    from mad_efla import display, estimate, execute, store, tracking
+
+    store.ensure_writable(out)
+    err = display.stderr()
+    runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
+    for note in store.mend(out, [r.fingerprint for r in runs]):
+        err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    for line in dict.fromkeys(line for s in sweeps for line in display.matches(s.matches)):
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
+    done = store.finished(out, [r.fingerprint for r in runs])
+    records = [_record(s, out) for s in sweeps]
+    interrupted, deadline = False, math.inf
+    if max_hours is not None:
+        deadline = time.monotonic() + 3600 * max_hours
+    with contextlib.ExitStack() as stack:
+        mirrors = [
+            stack.enter_context(tracking.Mirror(told.uri, out, record, log_models=told.log_models))
+            for record in records
+            if told.uri is not None
+        ]
+        try:
+            settled = done.keys() | (set() if retry_failed else store.given_up(out, runs))
+            waiting = [r for r in runs if r.fingerprint not in settled]
+            if sweeps[0].search:
+                for found, record in zip(sweeps, records, strict=True):
+                    _explore(found, record, out, runner, deadline)
+            elif waiting:
+                costs = estimate.Costs(runs).read(out)
+                with display.Follow(runs, waiting, costs, runner.slots) as follow:
+                    runner.perform(
+                        execute.Work(waiting, out, costs), watch=follow.update,
+                        deadline=deadline, limits=sweeps[0].limits,
+                    )  # fmt: skip
+        except execute.OutOfTime:
+            interrupted = True
+            err.print(f"stopped after {max_hours:g} hours; the same command goes on", markup=False)
+        except KeyboardInterrupt:
+            interrupted = True
+            err.print("interrupted: finished runs stay; the same command goes on", markup=False)
+        sweeps = [_ended(found, out) for found in sweeps]
+        failed = _print_results(sweeps, out)
+        if mirrors and told.figures and not interrupted:
+            draw(records, out)
+    for problem in filter(None, (m.problem for m in mirrors)):
+        err.print(f"warning: {problem}", markup=False, highlight=False, soft_wrap=True)
+    _print_next(out, told.uri)
+    return 130 if interrupted else 1 if failed else 0
+
+
+def _explore(
+    found: "Sweep", record: "SweepRecord", out: Path, runner: "Executor", deadline: float
+) -> None:
+    """Make the trials of a sweep that searches."""
+    from mad_efla import display, estimate, executors, search
+
+    if not isinstance(runner, executors.Local):
+        raise ConfigError(
+            f"plan {found.plan}: search proposes a trial when a worker of this machine is free; "
+            "use --executor local"
+        )
+    work = search.Explore(found, record, out, estimate.Costs([]))
+    with display.Follow(work.runs, list(work.waiting.values()), work.costs, runner.slots,
+                        work.total) as follow:  # fmt: skip
+        runner.perform(work, watch=follow.update, deadline=deadline, limits=found.limits)
+
+
+def _ended(found: "Sweep", out: Path) -> "Sweep":
+    """Write that a call has ended; return the sweep with the runs that it has by now."""
+    from mad_efla import store
+
+    (record,) = (r for r in store.read_sweeps(out) if r.id == found.id)
+    store.write_sweep(out, record.model_copy(update={"ended": store.now()}))
+    if not found.search:
+        return found
+    return found._replace(runs=[store.RunFolder(out, f).run() for f in record.fingerprints])
+
+
+def _record(found: "Sweep", out: Path) -> "SweepRecord":
+    from mad_efla import store
+
+    known = {r.id: r for r in store.read_sweeps(out)}
+    fingerprints = tuple(r.fingerprint for r in found.runs)
+    if found.search:  # its trials so far, in their order
+        fingerprints = known[found.id].fingerprints if found.id in known else ()
+    record = store.SweepRecord(
+        id=found.id,
+        task=found.task,
+        plan=found.plan,
+        protocol=found.protocol,
+        command=shlex.join(["mad-efla", *sys.argv[1:]]),
+        fingerprints=fingerprints,
+        started=known[found.id].started if found.id in known else store.now(),
+        ended=None,
+    )
+    store.write_sweep(out, record)
+    return record
+
+
+def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
+    """Print a table for each sweep and what failed; return whether anything did."""
+    from mad_efla import display, scores, store
+
+    console, err, failed = display.stdout(), display.stderr(), False
+    for found in sweeps:
+        results = store.finished(out, [r.fingerprint for r in found.runs])
+        lines = scores.table(found.runs, results)
+        title = f"{found.task}, plan {found.plan}, protocol {found.protocol}"
+        if lines:
+            console.print(display.results(lines, title))
+        absent = [r for r in found.runs if r.fingerprint not in results]
+        standing = {r.fingerprint: store.RunFolder(out, r.fingerprint).status() for r in absent}
+        if pruned := list(standing.values()).count("pruned"):
+            err.print(f"{pruned} of {len(found.runs)} runs were pruned", highlight=False)
+        if len(absent) > pruned:
+            text = f"{len(absent) - pruned} of {len(found.runs)} runs have no result"
+            err.print(text, highlight=False)
+        for run in absent:
+            folder = store.RunFolder(out, run.fingerprint)
+            if standing[run.fingerprint] == "failed":
+                failed = True
+                text = display.failure(run, folder)
+                err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    return failed
+
+
+def _print_next(out: Path, tracking_uri: str | None) -> None:
+    """Say where the results are and what shows them."""
+    from mad_efla import display
+
+    console = display.stdout()
+    console.print(f"results: {out}", markup=False, highlight=False, soft_wrap=True)
+    if tracking_uri is not None:
+        # A URI may hold a password; the option as typed is enough to repeat.
+        given = "--tracking-uri" in " ".join(sys.argv)
+        option = f" --tracking-uri {tracking_uri}" if given and "@" not in tracking_uri else ""
+        console.print(f"compare: mad-efla ui{option}", markup=False, soft_wrap=True)
+
+
+@click.command()
+@click.argument("runs", type=click.Path(path_type=Path), default=OUT)
+@says_errors
+def status(runs: Path) -> None:
+    """Say how the sweeps under RUNS stand: counts, what runs, what failed and why, time left."""
+    from mad_efla import display, estimate, status
+
+    found = status.standings(runs)
+    costs = estimate.Costs(r for standing in found for r in standing.runs).read(runs)
+    lines = [line for standing in found for line in display.standing(standing)]
+    for line in (*lines, *filter(None, [display.left(found, costs)])):
+        display.stdout().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@click.command()
+@click.argument("run")
+@out_option
+@says_errors
+def logs(run: str, out: Path) -> None:
+    """Print what RUN, or a run whose name begins so, has logged: figures, warnings, a traceback."""
+    from mad_efla import display, status
+
+    folder = status.find(out, run)
+    for line in display.log(folder):
+        click.echo(line)
