@@ -82,6 +82,8 @@ def aligned_zeros(size, dtype):
 
 
 def _address(context, builder, array_type, array, at):
+    if array_type.layout != "C":
+        raise TypeError(f"{array_type} must be contiguous, since rows are read without strides")
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [at])
 

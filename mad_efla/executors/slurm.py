@@ -11,6 +11,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ except ImportError:
     ) from None
 
 AT_ONCE = 256  # jobs of the array, unless --workers says otherwise
+QUEUE_SECONDS = 15.0  # between looks at the scheduler's queue
 
 
 class Slurm:
@@ -83,27 +86,75 @@ class Slurm:
         os.environ.update(processes.ENVIRONMENT | os.environ)  # which jobs inherit
         with execute.terminate_as_interrupt():
             jobs = dict(zip(names, executor.map_array(make, names), strict=True))
+            queue = _Queue(jobs) if self.cluster == "slurm" else _Processes(jobs)
             try:
                 follow(
                     work, longest_first, watch=watch, deadline=deadline, slots=lambda: self.slots,
-                    ended=lambda run: _ended(jobs[run.fingerprint], out, run),
+                    ended=lambda run: _ended(
+                        jobs[run.fingerprint], queue.lost(run), out, run
+                    ),
                 )  # fmt: skip
             finally:
                 for job in jobs.values():
-                    if not job.done():
+                    if not job.paths.result_pickle.exists():
                         job.cancel(check=False)  # SIGTERM, and SIGKILL later
                 execute.mark_interrupted(work.runs, out)
 
 
-def _ended(job: submitit.Job, out: Path, run: RunConfig) -> bool:
+def _ended(job: submitit.Job, lost: bool, out: Path, run: RunConfig) -> bool:
     """Tell whether a job is over; one that died without a word is a failure of its run."""
-    if not job.done():
+    if not (job.paths.result_pickle.exists() or lost):
         return False
     folder = RunFolder(out, run.fingerprint)
-    error = job.exception()
-    if error is not None and folder.result() is None and folder.failure() is None:
-        folder.fail("failed", f"its job died: {job.state}", str(error), transient=True)
+    if folder.result() is None and folder.failure() is None:
+        error = None if lost else job.exception()
+        if lost or error:
+            reason = f"its job {job.job_id} died; see the end of {job.paths.stderr}"
+            folder.fail("failed", reason, str(error or ""), transient=True)
     return True
+
+
+class _Queue:
+    """Which jobs are lost: without a result, and no longer known to the scheduler.
+
+    submitit would ask sacct, which answers nothing on a cluster that keeps no accounts.
+
+    Args:
+        jobs: All that were submitted, by run.
+    """
+
+    def __init__(self, jobs: dict[str, submitit.Job]):
+        self._jobs, self._asked = jobs, time.monotonic()
+        self._away: dict[str, int] = {}  # how many times in a row a job was not there
+
+    def lost(self, run: RunConfig) -> bool:
+        """Tell whether a run's job was away twice in a row; a result may come a little later."""
+        if time.monotonic() - self._asked > QUEUE_SECONDS:
+            self._ask()
+            self._asked = time.monotonic()
+        return self._away.get(run.fingerprint, 0) >= 2
+
+    def _ask(self) -> None:
+        there = self._there()
+        for fingerprint, job in self._jobs.items():
+            if there is not None:
+                away = self._away.get(fingerprint, 0) + 1
+                self._away[fingerprint] = 0 if job.job_id in there else away
+
+    def _there(self) -> set[str] | None:
+        command = ["squeue", f"--user={os.getuid()}", "--noheader", "--array", "--format=%i"]
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return set(found.stdout.split()) if found.returncode == 0 else None
+
+
+class _Processes(_Queue):
+    """As `_Queue`, for jobs that are processes of this machine."""
+
+    def _there(self) -> set[str]:
+        return {job.job_id for job in self._jobs.values() if not job.done()}
 
 
 class _Make:

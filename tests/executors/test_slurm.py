@@ -1,8 +1,12 @@
 """Slurm jobs, run by submitit's processes on this machine: the same script, without a queue."""
 
 import os
+import shutil
 import signal
+import subprocess
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +25,33 @@ def slurm():
     from mad_efla.executors.slurm import Slurm
 
     return Slurm("cpu", 2, 1, cluster="local")
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Be `squeue`: its answer is a file, which a test writes; without one it fails."""
+    command = tmp_path / "bin" / "squeue"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\nexec cat {tmp_path}/queue\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    return tmp_path / "queue"
+
+
+def test_a_job_is_lost_when_it_was_away_from_the_queue_twice_in_a_row(queue, monkeypatch):
+    pytest.importorskip("submitit")
+    from mad_efla.executors import slurm
+
+    monkeypatch.setattr(slurm, "QUEUE_SECONDS", -1.0)
+    run = tiny()
+    found = slurm._Queue({run.fingerprint: SimpleNamespace(job_id="7_1")})
+    looks = []
+    for answer in (None, "7_0\n", None, "7_0\n7_1\n", "7_0\n", "", "7_1\n"):
+        queue.unlink(missing_ok=True)
+        if answer is not None:
+            queue.write_text(answer)
+        looks.append(found.lost(run))
+    assert looks == [False] * 5 + [True, False]
 
 
 @pytest.mark.cluster
@@ -62,6 +93,67 @@ def test_a_stopped_sweep_cancels_its_jobs_and_goes_on(tmp_path, slurm):
     assert folder.load_checkpoint()["step"] > 0
     with pytest.raises(OutOfTime):
         slurm.perform(execute.Work([run], tmp_path, Costs([run])), deadline=0.0)
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(not shutil.which("sbatch"), reason="there is no Slurm here")
+def test_on_a_real_cluster_a_killed_job_is_told_of_and_made_again(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    from mad_efla.executors import slurm
+
+    monkeypatch.setattr(slurm, "QUEUE_SECONDS", 2.0)
+    run = tiny(train__steps=3_000)
+    folder = RunFolder(tmp_path, run.fingerprint)
+
+    def kill_once_begun(events):
+        if folder.rows()[0]:
+            subprocess.run(
+                ["scancel", "--signal=KILL", *(f"{job}.0" for job in _queued(tmp_path))],
+                check=False,
+            )
+
+    for watch in (kill_once_begun, lambda events: None):
+        slurm.Slurm("cpu", 2, 1).perform(
+            execute.Work([run], tmp_path, Costs([run])), watch=watch,
+            deadline=time.monotonic() + 120,
+        )  # fmt: skip
+        if watch is kill_once_begun:
+            assert folder.failure().transient
+            assert "died; see the end of" in folder.failure().reason
+    assert folder.status() == "finished"
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(not shutil.which("sbatch"), reason="there is no Slurm here")
+def test_on_a_real_cluster_a_stopped_sweep_leaves_checkpoints_and_no_jobs(tmp_path):
+    pytest.importorskip("submitit")
+    from mad_efla.executors.slurm import Slurm
+
+    run = tiny(train__steps=100_000)
+    folder = RunFolder(tmp_path, run.fingerprint)
+
+    def stop_once_begun(events):
+        if folder.rows()[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        Slurm("cpu", 2, 1).perform(
+            execute.Work([run], tmp_path, Costs([run])), watch=stop_once_begun
+        )
+    for _ in range(100):
+        if folder.status() == "interrupted" and not _queued(tmp_path):
+            break
+        time.sleep(0.2)
+    assert folder.load_checkpoint()["step"] > 0
+    assert "stopped after step" in folder.failure().reason
+
+
+def _queued(out):
+    """Name the jobs of a folder of runs that Slurm still has."""
+    ours = {script.name.split("_")[0] for script in (out / "slurm").glob("*_submission.sh")}
+    command = ["squeue", "--noheader", "--array", "--format=%i %A"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line.split()[0] for line in lines if ours & set(line.replace("_", " ").split())]
 
 
 def test_slurm_without_sbatch_is_refused(monkeypatch):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,7 @@ def arguments_of(operator, L):
         "delta_rule": (x, x / 8, x, scalar, scalar, -scalar),
         "ssd": (x, scalar, rate[:2, 0], x[:, :, :1], x[:, :, :1]),
         "selective_scan": (flat, flat.square(), rate, flat[..., :4], flat[..., 4:8]),
+        "unit_key_form": (x, scalar),
     }[operator]
 
 
@@ -72,6 +74,34 @@ def test_two_runs_give_the_same_bits(operator):
     arguments = arguments_of(operator, 40)
     results = [results_of(operator, arguments) for _ in range(2)]
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("expanded", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("operator", ["delta_rule", "ssd", "selective_scan", "unit_key_form"])
+def test_gradients_that_repeat_one_number_are_read_as_such(operator, expanded):
+    leaves = [z.detach().clone().requires_grad_() for z in arguments_of(operator, 40)]
+    call = getattr(mk, operator)
+    if operator == "unit_key_form":
+        outputs = call(*leaves, "exact")[:2]
+    else:
+        outputs = call(*leaves, output_final_state=True, backend="numba")
+    dense = [torch.ones_like(y) for y in outputs]
+    repeated = [torch.ones(()).expand_as(y) if i in expanded else d
+                for i, (y, d) in enumerate(zip(outputs, dense, strict=True))]  # fmt: skip
+    found, want = (
+        torch.autograd.grad(outputs, leaves, slopes, retain_graph=True)
+        for slopes in (repeated, dense)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+
+
+def test_a_loop_refuses_an_array_with_gaps():
+    from mad_kernels.lanes import compile_loop, load, total
+
+    first = compile_loop(lambda x: total(load(x, 0)))
+    assert first(np.ones(40)) == 32
+    with pytest.raises(TypeError, match="must be contiguous"):
+        first(np.ones(80)[::2])
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

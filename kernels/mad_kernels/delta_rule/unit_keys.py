@@ -143,7 +143,8 @@ def _unit_keys_backward(
     from mad_kernels.delta_rule import unit_key_loops
 
     d_k = key.new_empty(key.shape)
-    inputs = (x.detach().flatten().numpy() for x in (key, norm, d_key, d_norm))
+    # Contiguous first: a gradient that repeats one number stays so when it is flattened.
+    inputs = (x.detach().contiguous().flatten().numpy() for x in (key, norm, d_key, d_norm))
     floor = d_k.numpy().dtype.type(floor)
     unit_key_loops.backward(*inputs, floor, d_k.flatten().numpy())
     return d_k
