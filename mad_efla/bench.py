@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from rich.table import Table
 
-from mad_efla import data, execute, tracking
+from mad_efla import data, execute, processes, tracking
 from mad_efla.run import RunConfig
 from mad_efla.store import RunFolder, SweepRecord, finished, now, write_sweep
 from mad_efla.sweep import Setting, Sweep
@@ -137,8 +138,7 @@ class Split(NamedTuple):
         runs: How many ran.
         workers: Processes.
         seconds: From the call to its end.
-        parts: Worker-seconds by what for.
-        idle: Worker-seconds with no run left to make; with the parts, `workers` x `seconds`.
+        parts: Worker-seconds by what for; together `workers` x `seconds`.
         driver: Processor seconds of the driver, which mirrors to MLflow meanwhile.
     """
 
@@ -146,32 +146,35 @@ class Split(NamedTuple):
     workers: int
     seconds: float
     parts: dict[str, float]
-    idle: float
     driver: float
 
 
-def overhead(found: Sweep, device: str, workers: int) -> Split:
-    """Make a sweep's runs in a folder of their own, mirrored to MLflow, and split the time.
+def overhead(sweeps: list[Sweep], device: str, workers: int) -> Split:
+    """Make the runs of sweeps in a folder of their own, mirrored to MLflow, and split the time.
 
     Args:
-        found: The sweep; nothing of it is kept.
+        sweeps: Of one call; nothing of them is kept.
         device: `cpu` or `cuda`.
         workers: Worker processes, at least one.
     """
-    with TemporaryDirectory() as scratch:
-        out = Path(scratch) / "runs"
-        fingerprints = tuple(r.fingerprint for r in found.runs)
-        record = SweepRecord(
-            id=found.id, task=found.task, plan=found.plan, protocol=found.protocol,
-            command="mad-efla bench overhead", fingerprints=fingerprints, started=now(), ended=None,
-        )  # fmt: skip
-        write_sweep(out, record)
-        with tracking.Mirror(f"sqlite:///{scratch}/mlflow.db", out, record):
-            begun, wall, used = time.perf_counter(), time.time(), time.process_time()
-            execute.execute(found.runs, out, device=device, workers=workers)
-            seconds = time.perf_counter() - begun
-            driver = time.process_time() - used
-        results = list(finished(out, list(fingerprints)).values())
+    runs = [run for found in sweeps for run in found.runs]
+    with TemporaryDirectory() as scratch, ExitStack() as stack:
+        out, uri = Path(scratch) / "runs", f"sqlite:///{scratch}/mlflow.db"
+        processes.prepare()
+        for found in sweeps:
+            record = SweepRecord(
+                id=found.id, task=found.task, plan=found.plan, protocol=found.protocol,
+                command="mad-efla bench overhead", started=now(), ended=None,
+                fingerprints=tuple(r.fingerprint for r in found.runs),
+            )  # fmt: skip
+            write_sweep(out, record)
+            stack.enter_context(tracking.Mirror(uri, out, record))
+        begun, wall, used = time.perf_counter(), time.time(), time.process_time()
+        execute.execute(runs, out, device=device, workers=workers)
+        seconds = time.perf_counter() - begun
+        driver = time.process_time() - used
+        stack.close()
+        results = list(finished(out, [r.fingerprint for r in runs]).values())
     starts = sorted(r.ended / 1e3 - r.seconds - wall for r in results)[:workers]
     parts = {"training steps": math.fsum(r.train_seconds for r in results)}
     for what in ("evaluation", "spectrum", "data", "model", "logging", "checkpoint"):
@@ -182,12 +185,13 @@ def overhead(found: Sweep, device: str, workers: int) -> Split:
     ends = sorted(r.ended / 1e3 - wall for r in results)[-len(starts) :]
     idle = math.fsum(seconds - end for end in ends)
     parts["between runs"] = len(starts) * seconds - math.fsum(parts.values()) - idle
-    return Split(len(results), len(starts), seconds, parts, idle, driver)
+    parts["no run left"] = idle
+    return Split(len(results), len(starts), seconds, parts, driver)
 
 
 def split_table(split: Split) -> Table:
     """Draw where the time went, and what a training step's second costs beside it."""
-    runs, workers, seconds, parts, idle, driver = split
+    runs, workers, seconds, parts, driver = split
     title = f"{runs} runs, {workers} workers, {seconds:.1f} s"
     table = Table("", title=title, show_footer=True)
     total, steps = workers * seconds, parts["training steps"]
@@ -203,8 +207,5 @@ def split_table(split: Split) -> Table:
         table.add_row(
             what, f"{spent:.2f}", f"{100 * spent / total:.2f}", f"{100 * spent / steps:.2f}"
         )
-    table.caption = (
-        f"no run was left to make for {idle:.1f} worker-seconds at the end; "
-        f"the driver used {driver:.1f} s of a processor beside the workers"
-    )
+    table.caption = f"the driver used {driver:.1f} s of a processor beside the workers"
     return table

@@ -468,7 +468,8 @@ def failure(run: RunConfig, folder: RunFolder) -> str:
     """Say why a run failed and where its traceback is."""
     found = folder.failure()
     reason = found.reason if found else "no result"
-    cure = f"traceback: mad-efla logs {run.fingerprint}, again: --retry-failed"
+    again = "the same command" if found and found.transient else "--retry-failed"
+    cure = f"traceback: mad-efla logs {run.fingerprint}, again: {again}"
     return f"failed: {name(run)}: {reason}\n  {cure}"
 
 

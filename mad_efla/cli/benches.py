@@ -47,7 +47,7 @@ def bench_step(
 
 
 @bench.command("overhead")
-@click.argument("task")
+@click.argument("tasks", nargs=-1, required=True)
 @options(
     click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
     click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
@@ -56,8 +56,10 @@ def bench_step(
     ),
 )  # fmt: skip
 @says_errors
-def bench_overhead(task: str, plan: str, assignments: tuple[str, ...], workers: int | None) -> None:
-    """Sweep TASK under a plan on the CPU, mirrored to MLflow, and print where the time went.
+def bench_overhead(
+    tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], workers: int | None
+) -> None:
+    """Sweep TASKS under a plan on the CPU, mirrored to MLflow, and print where the time went.
 
     Nothing of the sweep is kept.
 
@@ -66,7 +68,8 @@ def bench_overhead(task: str, plan: str, assignments: tuple[str, ...], workers: 
     """
     from mad_efla import bench, display, executors, machine, sweep
 
-    found = sweep.expand(task, plan, assignments, machine.resolve_precision("cpu"))
+    precision = machine.resolve_precision("cpu")
+    found = [sweep.expand(task, plan, assignments, precision) for task in tasks]
     split = bench.overhead(found, "cpu", workers or executors.cores())
     display.stdout().print(bench.split_table(split))
 
