@@ -1,8 +1,9 @@
 """Kill a sweep again and again, and count what it cost: `make stress`, or a few kills in the tests.
 
-A sweep is started in a fresh folder, with MLflow on. At random moments its driver or one of its
-workers gets SIGKILL; a killed driver is followed by the next call at once, while its workers may
-still be alive. After the last kill the sweep is let end, and is compared with an undisturbed one:
+A sweep is started in a fresh folder, with MLflow on. At random moments its driver, one of its
+workers or the server that they are forked from gets SIGKILL; a killed driver is followed by the
+next call at once, while its workers may still be alive. After the last kill the sweep is let end,
+and is compared with an undisturbed one:
 
     lost       runs without a result, or not FINISHED in MLflow, or with a gap in their metrics there
     doubled    runs that MLflow has twice, and metrics it has twice for one step
@@ -176,7 +177,7 @@ def _entries(store: Path) -> dict[str, list[tuple[str, set[tuple[str, int]], boo
 @click.command()
 @click.option("--kills", default=50, show_default=True)
 @click.option("--runs", default=16, show_default=True)
-@click.option("--steps", default=1500, show_default=True)
+@click.option("--steps", default=3000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(kills: int, runs: int, steps: int, seed: int) -> None:
     """Disturb a sweep and print what it cost; exit status 1 if that is anything."""
