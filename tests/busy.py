@@ -63,24 +63,32 @@ def main(runs: int, steps: int, workers: int, window: float) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, begun = Path(name), time.monotonic()
         watched = Watched(folder, runs, steps, workers)
-        before, since, shares = 0.0, begun, []
+        before, driver, since, shares = 0.0, 0.0, begun, []
         while watched.driver.poll() is None:
             time.sleep(0.2)
             used, now = watched.look(), time.monotonic()
             if now - since >= window:
-                shares.append((now - begun, (used - before) / (now - since) / workers))
-                click.echo(f"{shares[-1][0]:7.0f} s  workers used {100 * shares[-1][1]:5.1f} %")
-                before, since = used, now
+                had = (now - since) * workers
+                own = (used - before) / had
+                both = own + (watched.driver_seconds - driver) / had
+                shares.append((now - begun, own, both))
+                click.echo(
+                    f"{now - begun:7.0f} s  workers used {own:6.1%} of the cores, with the driver "
+                    f"{both:6.1%}"
+                )
+                before, driver, since = used, watched.driver_seconds, now
         wall = time.monotonic() - begun
         (record,) = read_sweeps(folder / "runs")
         done = [RunFolder(folder / "runs", f).status() for f in record.fingerprints]
-    middle = [share for at, share in shares[1:] if at < wall - 60]
+    middle = [(own, both) for at, own, both in shares[1:] if at < wall - 60]
     finished = done.count("finished")
     click.echo(f"runs         {finished} of {runs} finished, {watched.driver.returncode=}")
     click.echo(f"wall time    {wall:.1f} s, {1000 * wall / runs:.0f} ms a run")
     if middle:
+        own, both = map(min, zip(*middle, strict=True))
         click.echo(
-            f"least busy   {100 * min(middle):.1f} % from the second window to the last minute"
+            f"least busy   {own:.1%} by workers, {both:.1%} with the driver, from the second window "
+            "to the last minute"
         )
     cost = 1000 * watched.driver_seconds / runs
     click.echo(
