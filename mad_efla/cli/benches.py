@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mad_efla.cli.shared import data_dir_option, options, says_errors
+from mad_efla.cli.shared import (
+    data_dir_option,
+    device_option,
+    options,
+    plan_option,
+    says_errors,
+    set_option,
+)
 
 if TYPE_CHECKING:
     pass
@@ -19,12 +26,9 @@ def bench() -> None:
 @bench.command("step")
 @click.argument("task")
 @options(
-    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
-    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
-    click.option(
-        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-        help="Where to train.",
-    ),
+    plan_option,
+    set_option,
+    device_option,
     click.option("--rounds", type=click.IntRange(4), default=10, show_default=True),
     data_dir_option,
 )  # fmt: skip
@@ -49,8 +53,8 @@ def bench_step(
 @bench.command("overhead")
 @click.argument("tasks", nargs=-1, required=True)
 @options(
-    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
-    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    plan_option,
+    set_option,
     click.option(
         "--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: the cores]"
     ),
@@ -77,12 +81,9 @@ def bench_overhead(
 @bench.command("device")
 @click.argument("tasks", nargs=-1, required=True)
 @options(
-    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
-    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
-    click.option(
-        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-        help="Where to train.",
-    ),
+    plan_option,
+    set_option,
+    device_option,
     click.option(
         "--seconds", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
         help="To time each measurement for.",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mad_efla.cli.shared import data_dir_option, options, says_errors
+from mad_efla.cli.shared import data_dir_option, options, says_errors, set_option
 
 if TYPE_CHECKING:
     pass
@@ -37,7 +37,7 @@ def list_(kind: str, at: tuple[str, ...]) -> None:
 @options(
     click.option("--examples", type=click.IntRange(1, 100), default=2, show_default=True),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
-    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    set_option,
     data_dir_option,
     click.option(
         "--svg", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
@@ -112,7 +112,7 @@ def check(name: str, assignments: tuple[str, ...], width: int) -> None:
         show_default=True,
     ),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
-    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Override."),
+    set_option,
     data_dir_option,
 )  # fmt: skip
 @says_errors

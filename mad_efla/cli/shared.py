@@ -39,6 +39,17 @@ def options(*options: Callable[..., Any]) -> Callable[..., Any]:
     return lambda function: functools.reduce(lambda f, o: o(f), reversed(options), function)
 
 
+plan_option = click.option(
+    "--plan", default="quick", show_default=True, help="Plan: a path or a name."
+)  # fmt: skip
+set_option = click.option(
+    "--set", "assignments", multiple=True, metavar="FIELD=VALUE",
+    help="Override any field, as in optim.lr=0.003. Repeatable.",
+)  # fmt: skip
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    help="Where to train.",
+)  # fmt: skip
 out_option = click.option(
     "--out", type=click.Path(path_type=Path), default=OUT, show_default=True,
     help="Folder of run folders.",

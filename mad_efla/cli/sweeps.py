@@ -13,11 +13,14 @@ import click
 from mad_efla.cli.shared import (
     OUT,
     data_dir_option,
+    device_option,
     draw,
     log_model_option,
     options,
     out_option,
+    plan_option,
     says_errors,
+    set_option,
     tracking_option,
 )
 from mad_efla.config import ConfigError
@@ -39,15 +42,9 @@ class _Told(NamedTuple):
 @click.command()
 @click.argument("tasks", nargs=-1, required=True)
 @options(
-    click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name."),
-    click.option(
-        "--set", "assignments", multiple=True, metavar="FIELD=VALUE",
-        help="Override any field, as in optim.lr=0.003. Repeatable.",
-    ),
-    click.option(
-        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-        help="Where to train.",
-    ),
+    plan_option,
+    set_option,
+    device_option,
     click.option(
         "--workers", type=click.IntRange(0), metavar="N",
         help="Worker processes, one thread each; 0 trains in this process.  [default: the cores]",

@@ -19,6 +19,17 @@ from mad_efla.store import RunFolder
 from tests.tiny import tiny
 
 
+def _answers():
+    """Tell whether a Slurm cluster can be reached from here."""
+    return (
+        bool(shutil.which("sinfo"))
+        and not subprocess.run(["sinfo"], capture_output=True).returncode
+    )
+
+
+real = pytest.mark.skipif("not _answers()", reason="there is no Slurm here")
+
+
 @pytest.fixture
 def slurm():
     pytest.importorskip("submitit")
@@ -96,7 +107,7 @@ def test_a_stopped_sweep_cancels_its_jobs_and_goes_on(tmp_path, slurm):
 
 
 @pytest.mark.cluster
-@pytest.mark.skipif(not shutil.which("sbatch"), reason="there is no Slurm here")
+@real
 def test_on_a_real_cluster_a_killed_job_is_told_of_and_made_again(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     from mad_efla.executors import slurm
@@ -124,7 +135,7 @@ def test_on_a_real_cluster_a_killed_job_is_told_of_and_made_again(tmp_path, monk
 
 
 @pytest.mark.cluster
-@pytest.mark.skipif(not shutil.which("sbatch"), reason="there is no Slurm here")
+@real
 def test_on_a_real_cluster_a_stopped_sweep_leaves_checkpoints_and_no_jobs(tmp_path):
     pytest.importorskip("submitit")
     from mad_efla.executors.slurm import Slurm
