@@ -160,7 +160,7 @@ def overhead(sweeps: list[Sweep], device: str, workers: int) -> Split:
     runs = [run for found in sweeps for run in found.runs]
     with TemporaryDirectory() as scratch, ExitStack() as stack:
         out, uri = Path(scratch) / "runs", f"sqlite:///{scratch}/mlflow.db"
-        processes.prepare()
+        processes.prepare(device)
         for found in sweeps:
             record = SweepRecord(
                 id=found.id, task=found.task, plan=found.plan, protocol=found.protocol,

@@ -1,8 +1,9 @@
 """How processes of ours start.
 
 On Linux they are forked from one process, a server, which has imported what a run needs and has
-computed nothing: each starts within milliseconds, and all share the memory of torch. Elsewhere
-forking after such imports is not safe, and each process imports for itself.
+computed nothing: each starts within milliseconds, and all share the memory of torch. Elsewhere,
+and with a GPU, forking after such imports is not known to be safe, and each process imports for
+itself.
 """
 
 import contextlib
@@ -27,20 +28,21 @@ ENVIRONMENT = {
 _IMPORTS = ["mad_efla.workers", "torch._dynamo", "numba"]
 _ATTEMPTS = 100  # to start a process, should the server just have been killed
 
-context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+_fresh = multiprocessing.get_context("spawn")
+context = multiprocessing.get_context("forkserver") if sys.platform == "linux" else _fresh
 
 
-def prepare() -> None:
-    """Start the server, which imports in the background, unless it is there."""
+def prepare(device: str = "cpu") -> None:
+    """Start the server, which imports in the background, unless it is there or not for a device."""
     os.environ.update(ENVIRONMENT | os.environ)
     resource_tracker.ensure_running()  # before signals are held, which it lets go when it starts
-    if sys.platform == "linux":
+    if sys.platform == "linux" and device != "cuda":
         forkserver.set_forkserver_preload(_IMPORTS)
         with _signals_held():
             forkserver.ensure_running()
 
 
-def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+def start(target: Callable[..., None], *arguments: Any, device: str = "cpu") -> BaseProcess:
     """Start a process that ends with this one; it has this one's environment.
 
     SIGINT stays blocked in it, since Ctrl-C is this process's business; `begin` admits SIGTERM.
@@ -48,6 +50,7 @@ def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     Args:
         target: What it calls first; it has to call `begin`.
         arguments: Of the target, behind what `begin` takes.
+        device: What it will compute on.
 
     Raises:
         OSError: There is no process to be had.
@@ -55,8 +58,10 @@ def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     """
     left = _ATTEMPTS
     while True:
-        prepare()
-        process = context.Process(target=target, args=(dict(os.environ), *arguments), daemon=True)
+        prepare(device)
+        process = (_fresh if device == "cuda" else context).Process(
+            target=target, args=(dict(os.environ), *arguments), daemon=True
+        )
         left -= 1
         try:
             with _signals_held():

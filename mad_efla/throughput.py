@@ -196,7 +196,8 @@ def _wait(device: str) -> None:
 def _shared(run: RunConfig, n: int, device: str, seconds: float) -> Row:
     ready, speeds = processes.context.Barrier(n), processes.context.SimpleQueue()
     workers = [
-        processes.start(_share, _seeded(run, i), device, seconds, ready, speeds) for i in range(n)
+        processes.start(_share, _seeded(run, i), device, seconds, ready, speeds, device=device)
+        for i in range(n)
     ]
     for worker in workers:
         worker.join()

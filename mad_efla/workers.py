@@ -39,7 +39,7 @@ class Worker:
         self.meter: Meter | None = None
         self.doomed, self.pruned = "", False
         self.pipe, theirs = processes.context.Pipe()
-        self.process = processes.start(_serve, theirs, out, device, about, limits)
+        self.process = processes.start(_serve, theirs, out, device, about, limits, device=device)
         theirs.close()
 
     def hand(self, run: RunConfig) -> None:

@@ -22,12 +22,13 @@ def _tell(environment, pipe):
     pipe.send((os.environ.get("A_VARIABLE"), signal.pthread_sigmask(signal.SIG_BLOCK, ())))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("value", ["one", None, "two"])
-def test_a_process_has_the_environment_of_its_parent_and_not_the_servers(monkeypatch, value):
+def test_a_process_has_the_environment_of_its_parent(monkeypatch, value, device):
     if value:
         monkeypatch.setenv("A_VARIABLE", value)
     pipe, theirs = processes.context.Pipe()
-    process = processes.start(_tell, theirs)
+    process = processes.start(_tell, theirs, device=device)
     assert pipe.recv() == (value, {signal.SIGINT})
     process.join()
     assert process.exitcode == 0

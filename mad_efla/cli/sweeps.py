@@ -102,7 +102,7 @@ def sweep(
     from mad_efla import processes, tracking
 
     if executor == "local" and workers != 0:
-        processes.prepare()
+        processes.prepare(runner.device)
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
     told = _Told(uri, log_models, figures=not no_figures)
     sys.exit(_sweep(sweeps, out, runner, told, max_hours, retry_failed))
