@@ -203,8 +203,6 @@ class _Pool:
         dead = not worker.process.is_alive()  # asked first: what it said before is still heard
         run, ended = worker.run, False
         for word in worker.heard():
-            if word == "began":
-                continue
             if word == "ended":
                 worker.run, worker.meter, ended = None, None, True
             elif word == "elsewhere":

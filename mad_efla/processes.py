@@ -33,7 +33,7 @@ context = multiprocessing.get_context("forkserver") if sys.platform == "linux" e
 
 
 def prepare(device: str = "cpu") -> None:
-    """Start the server, which imports in the background, unless it is there or not for a device."""
+    """Start the server, which imports in the background, unless it is there; CUDA has none."""
     os.environ.update(ENVIRONMENT | os.environ)
     resource_tracker.ensure_running()  # before signals are held, which it lets go when it starts
     if sys.platform == "linux" and device != "cuda":

@@ -25,7 +25,7 @@ class Worker:
         limits: Of every run.
 
     Attributes:
-        pipe: Runs go out; `began` and `ended` come back, or what a full disk says.
+        pipe: Runs go out; `began` and `ended` or `elsewhere` come back, or what a full disk says.
         process: It.
         run: What it makes; None while it is idle.
         meter: How long and how large its run has grown, from when it began.
@@ -55,14 +55,14 @@ class Worker:
             self.pipe.send(("prune", reason))
 
     def heard(self) -> list[Any]:
-        """Return what it has said."""
+        """Return what it has said of the ends of runs, and measure those that began."""
         said = []
         with contextlib.suppress(EOFError, OSError):
             while self.pipe.poll():
                 said.append(self.pipe.recv())
         if "began" in said:
             self.meter = Meter(self._limits, self.process.pid)
-        return said
+        return [word for word in said if word != "began"]
 
 
 def _serve(
@@ -83,10 +83,6 @@ def _serve(
             asked.append(0)  # the driver is dead, or has given us up
         return pruned[0] if pruned else ""
 
-    def stop() -> bool:
-        verdict()
-        return bool(asked)
-
     with contextlib.suppress(EOFError, OSError):  # the pipe is closed
         while not asked:
             word, text = pipe.recv()
@@ -97,7 +93,10 @@ def _serve(
             try:
                 with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
                     began = functools.partial(pipe.send, "began")
-                    made = attempt(folder, device, about, stop, limits, verdict, began, wait=False)
+                    made = attempt(
+                        folder, device, about, lambda: bool(asked), limits, verdict, began,
+                        wait=False,
+                    )  # fmt: skip
                 pipe.send("ended" if made else "elsewhere")
             except OSError as error:  # not even the failure could be written
                 pipe.send(error)

@@ -9,7 +9,7 @@ import pytest
 
 from mad_efla import processes
 from mad_efla.store import RunFolder
-from tests.stress import _children, _workers
+from tests.stress import _workers
 from tests.test_execute import DRIVER, _wait
 from tests.tiny import tiny
 
@@ -68,13 +68,15 @@ def test_a_killed_server_costs_no_run_and_leaves_no_process(driver):
 
 @linux
 def test_a_group_that_is_told_to_end_does_so_after_its_steps(driver):
+    before = _workers(driver.pid, and_server=True)
     os.killpg(driver.pid, signal.SIGTERM)
     assert driver.wait(30) == 130
     for folder in driver.folders:
         assert folder.status() == "interrupted"
         assert "stopped after step" in folder.failure().reason
         assert folder.load_checkpoint()["step"] >= folder.rows()[0][-1].step
-    assert not _children(driver.pid)
+    assert len(before) == 3
+    _wait(lambda: not any(map(_lives, before)))
 
 
 def _lives(process):

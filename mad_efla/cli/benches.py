@@ -1,7 +1,6 @@
 """The commands that measure this machine: bench step, data, overhead, device."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -13,9 +12,6 @@ from mad_efla.cli.shared import (
     says_errors,
     set_option,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group()

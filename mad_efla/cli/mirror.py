@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -14,9 +13,6 @@ from mad_efla.cli.shared import (
     says_errors,
     tracking_option,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()

@@ -2,14 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from mad_efla.cli.shared import data_dir_option, options, says_errors, set_option
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command("list")

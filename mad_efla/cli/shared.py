@@ -41,7 +41,7 @@ def options(*options: Callable[..., Any]) -> Callable[..., Any]:
 
 plan_option = click.option(
     "--plan", default="quick", show_default=True, help="Plan: a path or a name."
-)  # fmt: skip
+)
 set_option = click.option(
     "--set", "assignments", multiple=True, metavar="FIELD=VALUE",
     help="Override any field, as in optim.lr=0.003. Repeatable.",
