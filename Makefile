@@ -64,7 +64,7 @@ $(VENV)/.peer: $(VENV)/.installed
 
 # A Ray cluster of two nodes, one killed under a sweep, and Slurm's jobs without its queue; 250 MB on disk.
 cluster: $(VENV)/.cluster
-	$(BIN)/python -m pytest -m cluster tests/executors
+	$(BIN)/python -m pytest -m cluster tests/execution
 
 $(VENV)/.cluster: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[ray,slurm]'

@@ -2,9 +2,9 @@
 
 Data flows one way::
 
-    tasks/*.yaml + sweeps/*.yaml + --set -> config -> sweep -> [RunConfig]
-    RunConfig -> plugins -> Task, Mixer -> data, model -> train -> store (runs/<fingerprint>/)
-    runs/ -> tracking (MLflow)      runs/ -> scores -> tables
+    tasks/*.yaml + sweeps/*.yaml + --set -> plan -> [RunConfig]
+    RunConfig -> plugins -> Task, Mixer -> training -> runs/<fingerprint>/
+    runs/ -> analysis -> reporting      runs/ -> spectrum      runs/ -> tracking (MLflow)
 """
 
 from importlib.metadata import version

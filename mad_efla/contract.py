@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mad_efla import config, data, plugins
+from mad_efla import config, plugins
 from mad_efla.config import ConfigError, Document
 from mad_efla.mixers import Mixer, MixerConfig, State
-from mad_efla.run import DataConfig
+from mad_efla.plan.run import DataConfig
 from mad_efla.tasks import IGNORE, Examples, RealTask, Task, token_type
+from mad_efla.training import data
 
 B, L = 3, 21  # a batch and a length that are no multiple of any block
 SIZES = DataConfig(train_examples=600, validation_examples=100, test_examples=100)

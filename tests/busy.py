@@ -14,7 +14,8 @@ from pathlib import Path
 
 import click
 
-from mad_efla.store import RunFolder, read_sweeps
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.sweeps import read_sweeps
 from tests.stress import PLAN, TASK, _workers
 
 _TICKS = os.sysconf("SC_CLK_TCK")

@@ -13,9 +13,8 @@ _WITH_SHAPES = (
     "mad_kernels",
     "mad_efla.mixers",
     "mad_efla.tasks",
-    "mad_efla.model",
-    "mad_efla.metrics",
-    "mad_efla.dynamics",
+    "mad_efla.training.model",
+    "mad_efla.training.metrics",
     "mad_efla.spectrum",
 )
 install_import_hook(list(_WITH_SHAPES), "beartype.beartype")

@@ -25,7 +25,8 @@ from typing import NamedTuple
 import click
 import torch
 
-from mad_efla.store import RunFolder, read_sweeps
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.sweeps import read_sweeps
 
 TASK = "task: {name: recall, vocab_size: 8, seq_len: 16}\n"
 PLAN = """

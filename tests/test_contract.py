@@ -12,7 +12,7 @@ from mad_efla.config import ConfigError
 from mad_efla.contract import MixerUnderTest
 from mad_efla.mixers import Mixer, MixerConfig
 from mad_efla.tasks.recall import Recall
-from tests.test_cli import call
+from tests.cli.test_cli import call
 
 
 class Decay(Mixer):

@@ -16,9 +16,14 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mad_efla import execute, store, train
 from mad_efla.cli import cli
-from mad_efla.store import RunFolder, read_sweeps
+from mad_efla.execution import pool
+from mad_efla.runs import files
+from mad_efla.runs import folder as folders
+from mad_efla.runs.files import write_bytes
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.sweeps import read_sweeps
+from mad_efla.training import loop
 from tests.tiny import PLAN, TASK, tiny
 
 SWEEP = ["sweep", "task.yaml", "--plan", "plan.yaml"]
@@ -26,7 +31,7 @@ QUIET = ["--no-tracking"]
 
 
 def make(runs, out):
-    execute.execute(runs, out, device="cpu", workers=0)
+    pool.execute(runs, out, device="cpu", workers=0)
 
 
 def same(a, b):
@@ -48,9 +53,9 @@ class FullDisk:
 
     def __init__(self, monkeypatch, room, for_good):
         self.room, self.for_good, self.refused = room, for_good, 0
-        whole, append = store.write_bytes, RunFolder.append
+        whole, append = write_bytes, RunFolder.append
 
-        def write_bytes(path, raw):
+        def refusing(path, raw):
             self.take(path)
             whole(path, raw)
 
@@ -59,7 +64,8 @@ class FullDisk:
             self.take(path, '{"step": 99, "ti')
             append(folder, rows)
 
-        monkeypatch.setattr(store, "write_bytes", write_bytes)
+        for module in (files, folders):
+            monkeypatch.setattr(module, "write_bytes", refusing)
         monkeypatch.setattr(RunFolder, "append", append_rows)
 
     def take(self, path, torn=""):
@@ -89,7 +95,7 @@ def test_a_full_disk_at_any_write_loses_nothing(tmp_path, quiet, room, checkpoin
     run = quiet.run()
     folder = RunFolder(tmp_path, run.fingerprint)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "CHECKPOINT_SECONDS", -1.0 if checkpoints else 60.0)
+        patch.setattr(loop, "CHECKPOINT_SECONDS", -1.0 if checkpoints else 60.0)
         disk = FullDisk(patch, room, for_good)
         try:
             make([run], tmp_path)
@@ -116,21 +122,21 @@ def test_a_worker_that_cannot_even_write_why_says_so_to_the_driver(tmp_path, mon
     run = tiny(train__steps=12)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full.py").write_text(
-        "from mad_efla import store\n"
+        "from mad_efla.runs import files, folder\n"
         "from mad_efla.mixers.efla import EFLA\n"
         "def full(path, raw): raise OSError(28, 'No space left on device', str(path))\n"
         "class Full(EFLA):\n"
         "    class Config(EFLA.Config):\n"
         "        name: str\n"
         "    def forward(self, x):\n"
-        "        store.write_bytes = full\n"
+        "        files.write_bytes = folder.write_bytes = full\n"
         "        return super().forward(x)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     run = tiny(mixers=[{"name": "full:Full", "heads": 2}])
     with pytest.raises(OSError, match="No space left on device"):
-        execute.execute([run], tmp_path / "runs", device="cpu", workers=1)
+        pool.execute([run], tmp_path / "runs", device="cpu", workers=1)
     sys.modules.pop("full", None)
 
 
@@ -141,9 +147,9 @@ def test_checkpoints_cut_or_flipped_anywhere_end_with_equal_bits(tmp_path, quiet
     folder.create(run)
     calls = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "CHECKPOINT_SECONDS", -1.0)
-        with pytest.raises(train.Interrupted), folder.lock():
-            train.train(run, folder, stop=lambda: next(calls) >= 7)
+        patch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+        with pytest.raises(loop.Interrupted), folder.lock():
+            loop.train(run, folder, stop=lambda: next(calls) >= 7)
     for name in ("checkpoint.pt", "checkpoint.previous.pt")[: 1 + seed % 2]:
         raw = bytearray((folder.path / name).read_bytes())
         if rng.random() < 0.5:
@@ -157,7 +163,7 @@ def test_checkpoints_cut_or_flipped_anywhere_end_with_equal_bits(tmp_path, quiet
 
 def test_a_clock_that_goes_backwards_moves_nothing(tmp_path, quiet, monkeypatch):
     ticks = itertools.count(2_000_000_000_000, -3_600_000)
-    for module in (store, train):
+    for module in (folders, loop):
         monkeypatch.setattr(module, "now", lambda: next(ticks))
     run = quiet.run()
     folder = RunFolder(tmp_path, run.fingerprint)

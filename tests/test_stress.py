@@ -4,7 +4,8 @@ import sqlite3
 
 import torch
 
-from mad_efla.store import RunFolder, read_sweeps
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.sweeps import read_sweeps
 from tests.stress import _compare, stress
 
 

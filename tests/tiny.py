@@ -1,7 +1,7 @@
 """A run small enough to train in a blink, for tests."""
 
 from mad_efla.config import Document, from_paths, merge
-from mad_efla.run import RunConfig, build
+from mad_efla.plan.run import RunConfig, build
 
 BASE = Document(
     {

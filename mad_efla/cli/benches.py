@@ -37,13 +37,16 @@ def bench_step(
     \b
     mad-efla bench step recall --set "mixers=[attention, efla, deltanet, mamba2]"
     """
-    from mad_efla import bench, display, machine, sweep
+    from mad_efla.bench.steps import step_times, steps
+    from mad_efla.execution import machine
+    from mad_efla.plan import expand
+    from mad_efla.reporting import terminal
 
     device = machine.resolve_device(device)
-    found = sweep.expand(task, plan, assignments, machine.resolve_precision(device))
+    found = expand.expand(task, plan, assignments, machine.resolve_precision(device))
     shapes = {(r.setting, r.mixer): r for r in reversed(found.runs)}
-    times = bench.steps(list(reversed(shapes.values())), device, rounds)
-    display.stdout().print(display.step_times(times))
+    times = steps(list(reversed(shapes.values())), device, rounds)
+    terminal.stdout().print(step_times(times))
 
 
 @bench.command("overhead")
@@ -66,12 +69,16 @@ def bench_overhead(
     \b
     mad-efla bench overhead recall --set seeds=[0]
     """
-    from mad_efla import bench, display, executors, machine, sweep
+    from mad_efla.bench.overhead import overhead, split_table
+    from mad_efla.execution import machine
+    from mad_efla.execution.local import cores
+    from mad_efla.plan import expand
+    from mad_efla.reporting import terminal
 
     precision = machine.resolve_precision("cpu")
-    found = [sweep.expand(task, plan, assignments, precision) for task in tasks]
-    split = bench.overhead(found, "cpu", workers or executors.cores())
-    display.stdout().print(bench.split_table(split))
+    found = [expand.expand(task, plan, assignments, precision) for task in tasks]
+    split = overhead(found, "cpu", workers or cores())
+    terminal.stdout().print(split_table(split))
 
 
 @bench.command("device")
@@ -108,11 +115,13 @@ def bench_device(
     """
     import json
 
-    from mad_efla import machine, sweep, throughput
+    from mad_efla.bench import throughput
+    from mad_efla.execution import machine
+    from mad_efla.plan import expand
 
     device = machine.resolve_device(device)
     precision = machine.resolve_precision(device)
-    runs = [r for task in tasks for r in sweep.expand(task, plan, assignments, precision).runs]
+    runs = [r for task in tasks for r in expand.expand(task, plan, assignments, precision).runs]
     for row in throughput.measure(runs, device, seconds, list(at_once)):
         line = json.dumps(row)
         click.echo(line)
@@ -136,10 +145,13 @@ def bench_data(tasks: tuple[str, ...], seed: int, rounds: int) -> None:
     \b
     mad-efla bench data recall fuzzy_recall --rounds 3
     """
-    from mad_efla import bench, config, display, sweep
+    from mad_efla import config
+    from mad_efla.bench.data import data_table, data_times
+    from mad_efla.plan import expand
+    from mad_efla.reporting import terminal
     from mad_efla.tasks import RealTask
 
     names = tasks or tuple(str(path) for path in config.presets("tasks"))
-    settings = [setting for task in names for setting in sweep.settings(task)]
+    settings = [setting for task in names for setting in expand.settings(task)]
     settings = [s for s in settings if tasks or not isinstance(s.task, RealTask)]
-    display.stdout().print(bench.data_table(bench.data_times(settings, seed, rounds)))
+    terminal.stdout().print(data_table(data_times(settings, seed, rounds)))

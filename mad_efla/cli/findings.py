@@ -16,8 +16,8 @@ from mad_efla.cli.shared import (
 from mad_efla.config import ConfigError
 
 if TYPE_CHECKING:
+    from mad_efla.runs.folder import RunFolder
     from mad_efla.spectrum import Diagnosis
-    from mad_efla.store import RunFolder
 
 
 @click.command()
@@ -33,7 +33,8 @@ def score(runs: Path, form: str | None) -> None:
 
     The grid point is chosen on validation and reported on test; protocols are never mixed.
     """
-    from mad_efla import display, export, leaderboard
+    from mad_efla.analysis import leaderboard
+    from mad_efla.reporting import export, tables, terminal
 
     boards = leaderboard.leaderboards(*leaderboard.read(runs))
     if not boards:
@@ -42,9 +43,9 @@ def score(runs: Path, form: str | None) -> None:
         write = {"json": export.as_json, "csv": export.as_csv, "latex": export.as_latex}[form]
         click.echo(write(boards), nl=False)
         return
-    console = display.stdout()
+    console = terminal.stdout()
     for board in boards:
-        for table in display.leaderboard(board):
+        for table in tables.leaderboard(board):
             console.print(table)
 
 
@@ -67,14 +68,15 @@ def results(runs: Path, into: Path | None, readings: Path | None) -> None:
     \b
     mad-efla results runs --into RESULTS.md --readings sweeps
     """
-    from mad_efla import results, store
+    from mad_efla.reporting import results
+    from mad_efla.runs.files import write_bytes
 
     found = results.sections(runs, readings)
     if into is None:
         click.echo(results.page(found), nl=False)
         return
     previous = into.read_text() if into.exists() else ""
-    store.write_bytes(into, results.page(found, previous).encode())
+    write_bytes(into, results.page(found, previous).encode())
 
 
 @click.command()
@@ -97,7 +99,7 @@ def report(runs: Path, to: Path | None) -> None:
     \b
     mad-efla report runs --to recall.html
     """
-    from mad_efla import report
+    from mad_efla.reporting import report
 
     written = report.write(runs, to or runs / "report" / "index.html")
     click.echo(written[0])
@@ -140,8 +142,9 @@ def spectrum(
     \b
     mad-efla spectrum 135d66 d83b51 --against 1719e0 --to figures
     """
-    from mad_efla import display, figures, status
-    from mad_efla.figures import spectra
+    from mad_efla.reporting import figures, tables, terminal
+    from mad_efla.reporting.figures import spectra
+    from mad_efla.runs import status
 
     named = [status.find(out, run) for run in (*filter(None, [against]), *runs)]
     folders = list({folder.fingerprint: folder for folder in named}.values())
@@ -152,8 +155,8 @@ def spectrum(
     }
     drawn = spectra.figures(found)
     scalars = {name: diagnosis.scalars() for name, diagnosis in found.items()}
-    table = display.spectra(scalars, names[0] if against else None)
-    display.stdout().print(table, soft_wrap=True)
+    table = tables.spectra(scalars, names[0] if against else None)
+    terminal.stdout().print(table, soft_wrap=True)
     for name, figure in drawn.items():
         for path in figures.save(figure, to / name):
             click.echo(path)
@@ -165,7 +168,7 @@ def _log_figures(
     looked: "list[tuple[RunFolder, Diagnosis]]", out: Path, tracking_uri: str | None
 ) -> None:
     from mad_efla import tracking
-    from mad_efla.figures import artifacts
+    from mad_efla.reporting.figures import artifacts
 
     uri = tracking.resolve_uri(tracking_uri)
     for folder, diagnosis in looked:
@@ -216,8 +219,9 @@ def causes(
     \b
     mad-efla causes runs --mixer plain_efla --mixer plain_deltanet --corruption intensity
     """
-    from mad_efla import causes, display, figures
-    from mad_efla.figures import robustness
+    from mad_efla.reporting import figures, tables, terminal
+    from mad_efla.reporting.figures import robustness
+    from mad_efla.spectrum import causes
 
     arms = causes.choose(runs, plan, mixers)
     parts = [tuple(name.strip() for name in group.split("+")) for group in groups]
@@ -225,8 +229,8 @@ def causes(
         causes.account(runs, arm, corruption, severity, groups=parts, examples=examples)
         for arm in arms
     ]
-    for table in display.accounts(found):
-        display.stdout().print(table)
+    for table in tables.accounts(found):
+        terminal.stdout().print(table)
     drawn = {f"{corruption}-states": robustness.states(found)}
     if any(account.blames for account in found):
         drawn[f"{corruption}-blame"] = robustness.blame(found)

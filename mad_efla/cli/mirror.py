@@ -45,11 +45,12 @@ def ui(out: Path, tracking_uri: str | None, host: str, port: int | None) -> None
 @says_errors
 def sync(out: Path, tracking_uri: str | None, log_models: bool, figures: bool) -> None:
     """Bring MLflow up to date from the run folders, as after a server was away."""
-    from mad_efla import store, tracking
+    from mad_efla import tracking
+    from mad_efla.runs.sweeps import read_sweeps
 
     uri = tracking.resolve_uri(tracking_uri)
     if figures:
-        draw(store.read_sweeps(out), out)
+        draw(read_sweeps(out), out)
     report = tracking.sync(uri, out, log_models=log_models)
     if report.problem:
         click.echo(f"error: {report.problem}", err=True)

@@ -21,11 +21,11 @@ def list_(kind: str, at: tuple[str, ...]) -> None:
     \b
     mad-efla list mixers --at width=128 --at seq_len=512
     """
-    from mad_efla import catalogue, display
+    from mad_efla.reporting import catalogue, terminal
 
     if at and kind != "mixers":
         raise click.UsageError(f"--at {at[0]} is for mixers, not for {kind}")
-    display.stdout().print(catalogue.costs(at) if at else catalogue.table(kind))
+    terminal.stdout().print(catalogue.costs(at) if at else catalogue.table(kind))
 
 
 @click.command()
@@ -50,18 +50,18 @@ def show(
     mad-efla show tasks/recall.yaml --set task.seq_len=32
     mad-efla show recall --set task.seq_len=24 --svg recall.svg
     """
-    from mad_efla import catalogue, display
+    from mad_efla.reporting import catalogue, tables, terminal
 
     found = catalogue.examples(task, assignments, seed, examples)
     if svg:
-        from mad_efla.figures import tasks
+        from mad_efla.reporting.figures import tasks
 
         tasks.save(tasks.picture(Path(task).stem, found), svg)
         click.echo(svg)
         return
-    console = display.stdout()
+    console = terminal.stdout()
     for block in found:
-        for line in display.example(*block, columns=console.width):
+        for line in tables.example(*block, columns=console.width):
             console.print(line, soft_wrap=True)
 
 
@@ -85,10 +85,11 @@ def check(name: str, assignments: tuple[str, ...], width: int) -> None:
     \b
     mad-efla check my_package.decay:Decay --set start=0.5
     """
-    from mad_efla import contract, display
+    from mad_efla import contract
+    from mad_efla.reporting import tables, terminal
 
     kind, findings = contract.check(name, assignments, width)
-    display.stdout().print(display.findings(f"{kind} {name}", findings))
+    terminal.stdout().print(tables.findings(f"{kind} {name}", findings))
     sys.exit(any(f.broken for f in findings))
 
 
@@ -120,10 +121,11 @@ def data(
     \b
     mad-efla data recall --out data --setting vocab_size=32 --split test
     """
-    from mad_efla import data, sweep
+    from mad_efla.plan import expand
     from mad_efla.tasks import Split
+    from mad_efla.training import data
 
     splits: tuple[Split, ...] = tuple(s for s in data.SPLITS if split in (s, "all"))
-    for found in sweep.choose(sweep.settings(task, assignments), setting):
+    for found in expand.choose(expand.settings(task, assignments), setting):
         for path in data.save(out, found.task, seed, found.data, found.label, splits):
             click.echo(path)

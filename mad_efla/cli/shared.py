@@ -12,7 +12,7 @@ import click
 from mad_efla.config import ConfigError
 
 if TYPE_CHECKING:
-    from mad_efla.store import SweepRecord
+    from mad_efla.runs.schema import SweepRecord
 
 OUT = "runs"
 
@@ -78,9 +78,9 @@ data_dir_option = click.option(
 
 def draw(records: "list[SweepRecord]", out: Path) -> None:
     """Draw what MLflow shows of sweeps; what cannot be drawn costs a line and nothing else."""
-    from mad_efla import display, drawing
+    from mad_efla.reporting import drawing, terminal
 
-    err = display.stderr()
+    err = terminal.stderr()
     try:
         for problem in drawing.draw(out, records):
             err.print(f"warning: {problem}", markup=False, highlight=False, soft_wrap=True)

@@ -26,9 +26,9 @@ from mad_efla.cli.shared import (
 from mad_efla.config import ConfigError
 
 if TYPE_CHECKING:
-    from mad_efla.executors import Executor
-    from mad_efla.store import SweepRecord
-    from mad_efla.sweep import Sweep
+    from mad_efla.execution.executors import Executor
+    from mad_efla.plan.expand import Sweep
+    from mad_efla.runs.schema import SweepRecord
 
 
 class _Told(NamedTuple):
@@ -92,14 +92,16 @@ def sweep(
     mad-efla sweep recall --set mixers=[efla] --set optim.lr=0.003
     mad-efla sweep recall --plan mad --executor ray
     """
-    from mad_efla import executors, sweep
+    from mad_efla.execution import executors
+    from mad_efla.plan import expand
 
     runner = executors.choose(executor, device=device, workers=workers, per_device=per_device)
-    sweeps = [sweep.expand(task, plan, assignments, runner.precision) for task in tasks]
+    sweeps = [expand.expand(task, plan, assignments, runner.precision) for task in tasks]
     if dry_run:
         _dry_run(sweeps, out, runner.slots)
         return
-    from mad_efla import processes, tracking
+    from mad_efla import tracking
+    from mad_efla.execution import processes
 
     if executor == "local" and workers != 0:
         processes.prepare(runner.device)
@@ -109,19 +111,21 @@ def sweep(
 
 
 def _dry_run(sweeps: "list[Sweep]", out: Path, slots: int) -> None:
-    from mad_efla import display, estimate, sweep
+    from mad_efla.execution import costs
+    from mad_efla.plan import expand
+    from mad_efla.reporting import tables, terminal
 
-    console = display.stdout()
+    console = terminal.stdout()
     runs = []
     for found in sweeps:
         runs += found.runs
-        for line in display.matches(found.matches):
+        for line in terminal.matches(found.matches):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print(
-            display.runs(found.runs, sweep.differences(found.runs), found.sizes), soft_wrap=True
+            tables.runs(found.runs, expand.differences(found.runs), found.sizes), soft_wrap=True
         )
     sizes = {f: s for w in sweeps for f, s in w.sizes.items()}
-    guess = estimate.estimate(runs, out, sizes, slots)
+    guess = costs.estimate(runs, out, sizes, slots)
     if search := sweeps[0].search:
         console.print(f"search {search.method}: {search.trials} trials like each of these, "
                       f"over {', '.join(search.over)}")  # fmt: skip
@@ -129,7 +133,7 @@ def _dry_run(sweeps: "list[Sweep]", out: Path, slots: int) -> None:
     same = f"protocol {sweeps[0].protocol}, precision {runs[0].train.precision}"
     console.print(
         f"{len(runs)} runs, {guess.done} of them done; {same}; "
-        f"about {display.duration(guess.seconds)} on {slots} workers ({guess.basis})",
+        f"about {terminal.duration(guess.seconds)} on {slots} workers ({guess.basis})",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
 
@@ -139,16 +143,21 @@ def _sweep(
     retry_failed: bool,
 ) -> int:  # fmt: skip
     """Make what is missing, mirror it, print the tables; return the exit status."""
-    from mad_efla import display, estimate, execute, store, tracking
+    from mad_efla import tracking
+    from mad_efla.execution import costs
+    from mad_efla.execution.queue import OutOfTime, Work
+    from mad_efla.reporting import live, terminal
+    from mad_efla.runs.files import ensure_writable
+    from mad_efla.runs.folder import finished, given_up, mend
 
-    store.ensure_writable(out)
-    err = display.stderr()
+    ensure_writable(out)
+    err = terminal.stderr()
     runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
-    for note in store.mend(out, [r.fingerprint for r in runs]):
+    for note in mend(out, [r.fingerprint for r in runs]):
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    for line in dict.fromkeys(line for s in sweeps for line in display.matches(s.matches)):
+    for line in dict.fromkeys(line for s in sweeps for line in terminal.matches(s.matches)):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
-    done = store.finished(out, [r.fingerprint for r in runs])
+    done = finished(out, [r.fingerprint for r in runs])
     records = [_record(s, out) for s in sweeps]
     interrupted, deadline = False, math.inf
     if max_hours is not None:
@@ -160,19 +169,19 @@ def _sweep(
             if told.uri is not None
         ]
         try:
-            settled = done.keys() | (set() if retry_failed else store.given_up(out, runs))
+            settled = done.keys() | (set() if retry_failed else given_up(out, runs))
             waiting = [r for r in runs if r.fingerprint not in settled]
             if sweeps[0].search:
                 for found, record in zip(sweeps, records, strict=True):
                     _explore(found, record, out, runner, deadline)
             elif waiting:
-                costs = estimate.Costs(runs).read(out)
-                with display.Follow(runs, waiting, costs, runner.slots) as follow:
+                costs = costs.Costs(runs).read(out)
+                with live.Follow(runs, waiting, costs, runner.slots) as follow:
                     runner.perform(
-                        execute.Work(waiting, out, costs), watch=follow.update,
+                        Work(waiting, out, costs), watch=follow.update,
                         deadline=deadline, limits=sweeps[0].limits,
                     )  # fmt: skip
-        except execute.OutOfTime:
+        except OutOfTime:
             interrupted = True
             err.print(f"stopped after {max_hours:g} hours; the same command goes on", markup=False)
         except KeyboardInterrupt:
@@ -192,83 +201,91 @@ def _explore(
     found: "Sweep", record: "SweepRecord", out: Path, runner: "Executor", deadline: float
 ) -> None:
     """Make the trials of a sweep that searches."""
-    from mad_efla import display, estimate, executors, search
+    from mad_efla.execution import costs, search
+    from mad_efla.execution.local import Local
+    from mad_efla.reporting import live
 
-    if not isinstance(runner, executors.Local):
+    if not isinstance(runner, Local):
         raise ConfigError(
             f"plan {found.plan}: search proposes a trial when a worker of this machine is free; "
             "use --executor local"
         )
-    work = search.Explore(found, record, out, estimate.Costs([]))
-    with display.Follow(work.runs, list(work.waiting.values()), work.costs, runner.slots,
+    work = search.Explore(found, record, out, costs.Costs([]))
+    with live.Follow(work.runs, list(work.waiting.values()), work.costs, runner.slots,
                         work.total) as follow:  # fmt: skip
         runner.perform(work, watch=follow.update, deadline=deadline, limits=found.limits)
 
 
 def _ended(found: "Sweep", out: Path) -> "Sweep":
     """Write that a call has ended; return the sweep with the runs that it has by now."""
-    from mad_efla import store
+    from mad_efla.runs.files import now
+    from mad_efla.runs.folder import RunFolder
+    from mad_efla.runs.sweeps import read_sweeps, write_sweep
 
-    (record,) = (r for r in store.read_sweeps(out) if r.id == found.id)
-    store.write_sweep(out, record.model_copy(update={"ended": store.now()}))
+    (record,) = (r for r in read_sweeps(out) if r.id == found.id)
+    write_sweep(out, record.model_copy(update={"ended": now()}))
     if not found.search:
         return found
-    return found._replace(runs=[store.RunFolder(out, f).run() for f in record.fingerprints])
+    return found._replace(runs=[RunFolder(out, f).run() for f in record.fingerprints])
 
 
 def _record(found: "Sweep", out: Path) -> "SweepRecord":
-    from mad_efla import store
+    from mad_efla.runs.files import now
+    from mad_efla.runs.schema import SweepRecord
+    from mad_efla.runs.sweeps import read_sweeps, write_sweep
 
-    known = {r.id: r for r in store.read_sweeps(out)}
+    known = {r.id: r for r in read_sweeps(out)}
     fingerprints = tuple(r.fingerprint for r in found.runs)
     if found.search:  # its trials so far, in their order
         fingerprints = known[found.id].fingerprints if found.id in known else ()
-    record = store.SweepRecord(
+    record = SweepRecord(
         id=found.id,
         task=found.task,
         plan=found.plan,
         protocol=found.protocol,
         command=shlex.join(["mad-efla", *sys.argv[1:]]),
         fingerprints=fingerprints,
-        started=known[found.id].started if found.id in known else store.now(),
+        started=known[found.id].started if found.id in known else now(),
         ended=None,
     )
-    store.write_sweep(out, record)
+    write_sweep(out, record)
     return record
 
 
 def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
     """Print a table for each sweep and what failed; return whether anything did."""
-    from mad_efla import display, scores, store
+    from mad_efla.analysis import scores
+    from mad_efla.reporting import tables, terminal
+    from mad_efla.runs.folder import RunFolder, finished
 
-    console, err, failed = display.stdout(), display.stderr(), False
+    console, err, failed = terminal.stdout(), terminal.stderr(), False
     for found in sweeps:
-        results = store.finished(out, [r.fingerprint for r in found.runs])
+        results = finished(out, [r.fingerprint for r in found.runs])
         lines = scores.table(found.runs, results)
         title = f"{found.task}, plan {found.plan}, protocol {found.protocol}"
         if lines:
-            console.print(display.results(lines, title))
+            console.print(tables.results(lines, title))
         absent = [r for r in found.runs if r.fingerprint not in results]
-        standing = {r.fingerprint: store.RunFolder(out, r.fingerprint).status() for r in absent}
+        standing = {r.fingerprint: RunFolder(out, r.fingerprint).status() for r in absent}
         if pruned := list(standing.values()).count("pruned"):
             err.print(f"{pruned} of {len(found.runs)} runs were pruned", highlight=False)
         if len(absent) > pruned:
             text = f"{len(absent) - pruned} of {len(found.runs)} runs have no result"
             err.print(text, highlight=False)
         for run in absent:
-            folder = store.RunFolder(out, run.fingerprint)
+            folder = RunFolder(out, run.fingerprint)
             if standing[run.fingerprint] == "failed":
                 failed = True
-                text = display.failure(run, folder)
+                text = terminal.failure(run, folder)
                 err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
     return failed
 
 
 def _print_next(out: Path, tracking_uri: str | None) -> None:
     """Say where the results are and what shows them."""
-    from mad_efla import display
+    from mad_efla.reporting import terminal
 
-    console = display.stdout()
+    console = terminal.stdout()
     console.print(f"results: {out}", markup=False, highlight=False, soft_wrap=True)
     if tracking_uri is not None:
         # A URI may hold a password; the option as typed is enough to repeat.
@@ -282,13 +299,15 @@ def _print_next(out: Path, tracking_uri: str | None) -> None:
 @says_errors
 def status(runs: Path) -> None:
     """Say how the sweeps under RUNS stand: counts, what runs, what failed and why, time left."""
-    from mad_efla import display, estimate, status
+    from mad_efla.execution import costs
+    from mad_efla.reporting import terminal
+    from mad_efla.runs import status
 
     found = status.standings(runs)
-    costs = estimate.Costs(r for standing in found for r in standing.runs).read(runs)
-    lines = [line for standing in found for line in display.standing(standing)]
-    for line in (*lines, *filter(None, [display.left(found, costs)])):
-        display.stdout().print(line, markup=False, highlight=False, soft_wrap=True)
+    costs = costs.Costs(r for standing in found for r in standing.runs).read(runs)
+    lines = [line for standing in found for line in terminal.standing(standing)]
+    for line in (*lines, *filter(None, [terminal.left(found, costs)])):
+        terminal.stdout().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @click.command()
@@ -297,8 +316,9 @@ def status(runs: Path) -> None:
 @says_errors
 def logs(run: str, out: Path) -> None:
     """Print what RUN, or a run whose name begins so, has logged: figures, warnings, a traceback."""
-    from mad_efla import display, status
+    from mad_efla.reporting import terminal
+    from mad_efla.runs import status
 
     folder = status.find(out, run)
-    for line in display.log(folder):
+    for line in terminal.log(folder):
         click.echo(line)

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mad_efla.config import Section
-from mad_efla.dynamics import AttentionTrace, Dynamics
+from mad_efla.mixers._dynamics import AttentionTrace, Dynamics
 from mad_kernels import short_conv, short_conv_step
 
 State = tuple[Tensor, ...]

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mad_efla.dynamics import AttentionTrace
 from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, ShortConv, State
+from mad_efla.mixers._dynamics import AttentionTrace
 
 
 class Attention(Mixer):

@@ -32,7 +32,6 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mad_efla.dynamics import Dynamics
 from mad_efla.mixers import (
     HeadsConfig,
     Mixer,
@@ -44,6 +43,7 @@ from mad_efla.mixers import (
     split_heads,
     step_size_bias,
 )
+from mad_efla.mixers._dynamics import Dynamics
 from mad_kernels import (
     delta_rule,
     delta_rule_step,

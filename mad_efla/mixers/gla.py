@@ -28,7 +28,6 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mad_efla.dynamics import Dynamics
 from mad_efla.mixers import (
     HeadsConfig,
     Mixer,
@@ -39,6 +38,7 @@ from mad_efla.mixers import (
     in_full,
     split_heads,
 )
+from mad_efla.mixers._dynamics import Dynamics
 from mad_kernels import dplr, dplr_step
 
 _GAIN = 2**-2.5  # of the authors' Glorot initialisation

@@ -24,8 +24,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mad_efla.dynamics import Dynamics
 from mad_efla.mixers import Mixer, MixerConfig, ShortConv, State, in_full, step_size_bias
+from mad_efla.mixers._dynamics import Dynamics
 from mad_kernels import selective_scan, selective_scan_step
 
 

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mad_efla.dynamics import Dynamics
 from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, ShortConv, State, step_size_bias
+from mad_efla.mixers._dynamics import Dynamics
 from mad_kernels import ssd, ssd_step
 
 

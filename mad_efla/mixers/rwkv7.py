@@ -33,8 +33,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mad_efla.dynamics import Dynamics
 from mad_efla.mixers import Mixer, MixerConfig, State, in_full
+from mad_efla.mixers._dynamics import Dynamics
 from mad_kernels import dplr, dplr_step
 
 # Powers of the channel's place in 1 - place^p, where mu starts.

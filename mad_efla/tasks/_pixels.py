@@ -13,8 +13,8 @@ from jaxtyping import Int, Num
 from pydantic import field_validator
 
 from mad_efla.config import suggest
-from mad_efla.corruptions import CORRUPTIONS, NEUTRAL, UPPER, corrupt
 from mad_efla.tasks import IGNORE, Examples, Probe, RealTask, token_type
+from mad_efla.tasks._corruptions import CORRUPTIONS, NEUTRAL, UPPER, corrupt
 
 CLASSES = 10
 
@@ -35,8 +35,8 @@ class Pixels(RealTask):
 
     Attributes:
         body: What stands around the mixers: the `stack` of residual layers and norms that all
-            tasks have, or the `bare` body of the EFLA authors' experiment; see `mad_efla.model`.
-        corruptions: Severities by corruption, see `mad_efla.corruptions`; the trained model is
+            tasks have, or the `bare` body of the EFLA authors' experiment; see `training.model`.
+        corruptions: Severities by corruption, see `_corruptions.py`; the trained model is
             scored on the test split under each of them, and under none.
     """
 

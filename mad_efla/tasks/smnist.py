@@ -21,10 +21,9 @@ import numpy as np
 from jaxtyping import UInt8
 from pydantic import Field
 
-from mad_efla import idx
 from mad_efla.config import ConfigError
-from mad_efla.idx import Published
-from mad_efla.tasks import Corpus, Examples
+from mad_efla.tasks import Corpus, Examples, _idx
+from mad_efla.tasks._idx import Published
 from mad_efla.tasks._pixels import CLASSES, Pixels, sequences
 
 DATA = "MAD_EFLA_DATA"
@@ -69,14 +68,14 @@ class SMNIST(Pixels):
 
 @functools.lru_cache(maxsize=1)
 def _corpus(folder: Path, published: bool, side: int) -> Corpus:
-    found = {name: idx.find(folder, name) for name in FILES}
+    found = {name: _idx.find(folder, name) for name in FILES}
     missing = [name for name, path in found.items() if path is None]
     if missing:
         raise ConfigError(
             f"{folder}: lacks {', '.join(missing)}; put them there, as they are or with .gz"
         )
     files = [
-        idx.read(path, 1 if "labels" in name else 3, FILES[name] if published else None)
+        _idx.read(path, 1 if "labels" in name else 3, FILES[name] if published else None)
         for name, path in found.items()
         if path is not None
     ]

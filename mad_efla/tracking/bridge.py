@@ -13,19 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mad_efla import robustness, scores
+from mad_efla.analysis import corruption, scores
 from mad_efla.config import ConfigError
-from mad_efla.run import RunConfig
-from mad_efla.store import (
-    Failure,
-    Result,
-    RunFolder,
-    Status,
-    SweepRecord,
-    now,
-    read_sweeps,
-    sweep_figures,
-)
+from mad_efla.plan.run import RunConfig
+from mad_efla.runs.files import now
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.schema import Failure, Result, Status, SweepRecord
+from mad_efla.runs.sweeps import read_sweeps, sweep_figures
 from mad_efla.tracking import models, records, stores
 from mad_efla.tracking.entry import BATCH, Entry
 
@@ -243,7 +237,7 @@ class Bridge:
         self.client.set_tag(entry.run_id, "mlflow.note.content", note)
         entry.write("leaderboard.csv", records.leaderboard_csv(rows))
         entry.write("leaderboard.json", records.leaderboard_json(rows))
-        if probed := robustness.arms(runs, self.results):
+        if probed := corruption.arms(runs, self.results):
             entry.write("corruption.json", records.corruption_json(probed))
         if status != "RUNNING":
             entry.log(records.sweep_points(statuses, now()), self.deadline)

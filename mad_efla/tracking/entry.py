@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mad_efla.config import digest
-from mad_efla.run import RunConfig
+from mad_efla.plan.run import RunConfig
 from mad_efla.tracking.records import Point, parameters
 from mad_efla.tracking.stores import in_time
 

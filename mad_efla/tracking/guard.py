@@ -79,7 +79,8 @@ def main() -> None:
 
 def synchronise(uri: str, out: Path, sweep: str) -> None:
     """Bring MLflow up to date with a sweep once no process holds one of its runs."""
-    from mad_efla.store import RunFolder, read_sweeps
+    from mad_efla.runs.folder import RunFolder
+    from mad_efla.runs.sweeps import read_sweeps
     from mad_efla.tracking.bridge import Bridge
 
     deadline = time.monotonic() + LOCK_SECONDS

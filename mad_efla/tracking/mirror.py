@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from mad_efla.store import SweepRecord
+from mad_efla.runs.schema import SweepRecord
 from mad_efla.tracking import stores
 from mad_efla.tracking.bridge import Bridge
 from mad_efla.tracking.guard import Guard

@@ -10,10 +10,10 @@ from importlib import metadata
 
 import torch
 
-from mad_efla import model
-from mad_efla.run import RunConfig
-from mad_efla.store import RunFolder
+from mad_efla.plan.run import RunConfig
+from mad_efla.runs.folder import RunFolder
 from mad_efla.tracking.entry import Entry
+from mad_efla.training import model
 
 
 def log(entry: Entry, experiment_id: str, run: RunConfig, folder: RunFolder) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mad_efla.config import ConfigError
-from mad_efla.store import read_sweeps
+from mad_efla.runs.sweeps import read_sweeps
 from mad_efla.tracking.bridge import sync
 from mad_efla.tracking.records import PRIMARY
 from mad_efla.tracking.stores import artifacts, is_server, sqlite_path, without_password

@@ -19,10 +19,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from mad_efla import robustness, scores
-from mad_efla.corruptions import NEUTRAL
-from mad_efla.run import RunConfig
-from mad_efla.store import Result, Row, Status, SweepRecord
+from mad_efla.analysis import corruption, scores
+from mad_efla.plan.run import RunConfig
+from mad_efla.runs.schema import Result, Row, Status, SweepRecord
+from mad_efla.tasks._corruptions import NEUTRAL
 
 PRIMARY = "test/token_accuracy"
 ACCURACIES = (PRIMARY, "val/token_accuracy")
@@ -70,9 +70,9 @@ def summary(result: Result) -> dict[str, float]:
         found |= {f"val_chosen/{name}": getattr(result.validation, name) for name in _SCORES}
     for name in _NUMBERS:
         found[f"total/{name}"] = getattr(result, name)
-    for name, curve in robustness.curves(result).items():
-        found[f"test_area/{name}"] = robustness.area(*curve)
-        found[f"test_half/{name}"] = robustness.half(*curve, NEUTRAL.get(name, 0.0))
+    for name, curve in corruption.curves(result).items():
+        found[f"test_area/{name}"] = corruption.area(*curve)
+        found[f"test_half/{name}"] = corruption.half(*curve, NEUTRAL.get(name, 0.0))
     found["total/diverged"] = float(result.status == "diverged")
     return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
 
@@ -225,7 +225,7 @@ CORRUPTION_HEADER = (
 )  # fmt: skip
 
 
-def corruption_json(arms: list[robustness.Arm]) -> str:
+def corruption_json(arms: list[corruption.Arm]) -> str:
     """Write what becomes of each mixer under each corruption, as `mlflow.load_table` reads it.
 
     `area` has Student's interval over seeds, `halves at` the least and largest of them; none where

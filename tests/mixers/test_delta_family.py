@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from mad_efla import model, train
-from mad_efla.store import RunFolder
+from mad_efla.runs.folder import RunFolder
+from mad_efla.training import loop, model
 from mad_kernels import gated_efla
 from tests.mixer import D, example, make
 from tests.tiny import tiny
@@ -212,7 +212,7 @@ def wide(step, key_dim, tmp_path):
         times_lambda = (mixer._beta(x) * k.square().sum(-1)).mean().item()
     folder = RunFolder(tmp_path / step / str(key_dim), run.fingerprint)
     folder.create(run)
-    return train.train(run, folder), folder, times_lambda
+    return loop.train(run, folder), folder, times_lambda
 
 
 def test_raw_keys_under_euler_diverge_past_two_and_the_run_is_recorded_as_diverged(tmp_path):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from mad_efla import model, scores, sweep, train
-from mad_efla.store import RunFolder
+from mad_efla.analysis import scores
+from mad_efla.plan import expand
+from mad_efla.runs.folder import RunFolder
+from mad_efla.training import loop, model
 from tests.tiny import PLAN, TASK, tiny
 
 HYBRID = [{"name": "attention", "heads": 2, "window": 4}, {"name": "efla", "heads": 2}]
@@ -19,13 +21,13 @@ def test_a_list_in_a_plan_trains_and_is_one_row_of_the_table(tmp_path):
         .replace("depth: 1", "depth: 2")
         .replace("[0, 1]", "[0]")
     )
-    found = sweep.expand("task.yaml", "plan.yaml", [], "float32")
+    found = expand.expand("task.yaml", "plan.yaml", [], "float32")
     assert [r.mixer for r in found.runs] == [LABEL, "deltanet(heads=2)"]
     results = {}
     for run in found.runs:
         folder = RunFolder(tmp_path / "runs", run.fingerprint)
         folder.create(run)
-        results[run.fingerprint] = train.train(run, folder)
+        results[run.fingerprint] = loop.train(run, folder)
     hybrid = results[found.runs[0].fingerprint]
     assert hybrid.status == "finished"
     ran = {pair.split(":")[0] for pair in hybrid.environment["backends"].split()}

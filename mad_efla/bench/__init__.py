@@ -1,0 +1,1 @@
+"""What this machine does: seconds of steps, data and sweeps."""

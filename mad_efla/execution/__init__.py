@@ -1,0 +1,1 @@
+"""Who makes the runs: a queue, workers of this machine, schedulers of others."""

@@ -1,0 +1,1 @@
+"""From numbers to what people see: tables, figures, pages, the live display."""

@@ -1,0 +1,127 @@
+"""What the terminal shows in lines: names, times, failures, logs; and the consoles."""
+
+import sys
+
+from rich.console import Console
+
+from mad_efla.execution.costs import Costs
+from mad_efla.plan.run import RunConfig
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.status import Standing
+from mad_efla.training.fits import Match
+
+PLAIN_WIDTH = 140  # columns, where stdout is no terminal
+
+
+def stdout() -> Console:
+    """Return the console for results."""
+    return Console() if sys.stdout.isatty() else _plain()
+
+
+def stderr() -> Console:
+    """Return the console for progress and warnings."""
+    return Console(stderr=True) if sys.stderr.isatty() else _plain(stderr=True)
+
+
+def _plain(*, stderr: bool = False) -> Console:
+    """Write text alone, also where FORCE_COLOR asks for more, as notebooks do of all they call."""
+    return Console(width=PLAIN_WIDTH, stderr=stderr, no_color=True, force_terminal=False)
+
+
+def name(run: RunConfig) -> str:
+    """Name a run for people: task, setting, mixer, seed, and the rates that grids vary."""
+    return f"{run.task.name} {run.setting} {run.mixer} lr={run.optim.lr:g} seed={run.seed}"
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them: `42 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86_400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86_400} d {s % 86_400 // 3600} h"
+
+
+def matches(found: list[Match]) -> list[str]:
+    """Say by how much each mixer misses the equal terms of a plan."""
+    lines = []
+    for match in found:
+        what = "state per mixer layer" if match.kind == "state" else "parameters"
+        verdict = "as asked for" if not match.miss else f"{100 * match.miss:+,.1f} %"
+        lines.append(f"match {what} {match.wanted:,}: {match.mixer} has {match.found:,}, {verdict}")
+    return lines
+
+
+def figures_of(metrics: dict[str, float]) -> str:
+    """Write the newest loss, accuracy and pace of a run."""
+    parts = []
+    if "train/loss" in metrics:
+        parts.append(f"loss {metrics['train/loss']:.3f}")
+    if "val/token_accuracy" in metrics:
+        parts.append(f"accuracy {metrics['val/token_accuracy']:.3f}")
+    return " ".join(parts)
+
+
+def failure(run: RunConfig, folder: RunFolder) -> str:
+    """Say why a run failed and where its traceback is."""
+    found = folder.failure()
+    reason = found.reason if found else "no result"
+    again = "the same command" if found and found.transient else "--retry-failed"
+    cure = f"traceback: mad-efla logs {run.fingerprint}, again: {again}"
+    return f"failed: {name(run)}: {reason}\n  {cure}"
+
+
+def standing(found: Standing) -> list[str]:
+    """Say how a sweep stands: counts, what runs, what failed and why."""
+    record, total = found.record, len(found.record.fingerprints)
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(found.counts.items()))
+    lines = [f"{record.task}, plan {record.plan}: {total} runs: {counts}"]
+    for run, row in found.running:
+        step = f"step {row.step}/{run.steps} {figures_of(row.metrics)}" if row else "starting"
+        lines.append(f"  running: {run.fingerprint} {name(run)}: {step}")
+    for run, failed in found.failed:
+        lines.append(f"  failed: {run.fingerprint} {name(run)}: {failed.reason}")
+    return lines
+
+
+def left(found: list[Standing], costs: Costs) -> str:
+    """Say for how much longer sweeps run, by the costs of their runs; empty if none has work.
+
+    Runs that several sweeps share count once, and so do the workers, which sweeps of one call have
+    in common.
+    """
+    waiting = {r.fingerprint for standing in found for r in standing.waiting}
+    running = {r.fingerprint: (r, row) for standing in found for r, row in standing.running}
+    if not waiting and not running:
+        return ""
+    for key, (_, row) in running.items():
+        if row and "train/tokens_per_second" in row.metrics:
+            costs.notice(key, row.metrics["train/tokens_per_second"])
+    under_way = {key: row.step / r.steps if row else 0.0 for key, (r, row) in running.items()}
+    seconds, workers = costs.left(waiting, under_way, len(running)), len(running)
+    if seconds is None:
+        return "time left: not known yet"
+    on = f"on the {workers} that run" if workers else "of one worker, and none runs"
+    return f"time left: {duration(seconds)} {on}"
+
+
+def log(folder: RunFolder) -> list[str]:
+    """Return what a run has logged, and how it ended."""
+    run, result, failed = folder.run(), folder.result(), folder.failure()
+    lines = [f"{folder.fingerprint} {name(run)}: {folder.status()}"]
+    for row in folder.rows()[0]:
+        figures = " ".join(f"{key}={value:.5g}" for key, value in row.metrics.items())
+        lines.append(f"step {row.step}: {figures}")
+    written = folder.path / "log.txt"
+    if written.exists():
+        lines += written.read_text(errors="replace").splitlines()
+    if result and result.test:
+        lines.append(f"test accuracy {result.test.token_accuracy:.4f}, loss {result.test.loss:.4f}")
+    if result and result.stopped:
+        lines.append(result.stopped)
+    if failed and not result:
+        lines += [f"{failed.kind}: {failed.reason}", *failed.traceback.splitlines()]
+    return lines

@@ -1,0 +1,78 @@
+"""How sweeps stand, read from their folders: from another terminal, or another machine."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from mad_efla.config import ConfigError
+from mad_efla.plan.run import RunConfig
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.schema import Failure, Row, Status, SweepRecord
+from mad_efla.runs.sweeps import read_sweeps
+
+
+class Standing(NamedTuple):
+    """How a sweep stands.
+
+    Attributes:
+        record: Which sweep.
+        runs: Its runs; those whose folder is gone are left out.
+        counts: Runs by status.
+        waiting: Runs that wait for their turn, or for a call that goes on with them.
+        running: Runs that some process holds, with the last step they logged.
+        failed: Runs that failed, with the reason.
+    """
+
+    record: SweepRecord
+    runs: list[RunConfig]
+    counts: dict[Status, int]
+    waiting: list[RunConfig]
+    running: list[tuple[RunConfig, Row | None]]
+    failed: list[tuple[RunConfig, Failure]]
+
+
+def standings(out: Path) -> list[Standing]:
+    """Read how every sweep under a folder stands, oldest first.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    records = read_sweeps(out)
+    if not records:
+        raise ConfigError(f"{out}: holds no sweep; run `mad-efla sweep` first, or name its folder")
+    return [_standing(record, out) for record in records]
+
+
+def find(out: Path, name: str) -> RunFolder:
+    """Find a run by the beginning of its name.
+
+    Raises:
+        ConfigError: None begins so, or several do.
+    """
+    known = {f for record in read_sweeps(out) for f in record.fingerprints}
+    found = sorted(f for f in known if f.startswith(name))
+    if len(found) != 1:
+        several = f"{len(found)} runs begin so, give more of its name" if found else "no such run"
+        raise ConfigError(f"{name}: {several}; see `mad-efla status {out}`")
+    return RunFolder(out, found[0])
+
+
+def _standing(record: SweepRecord, out: Path) -> Standing:
+    counts: dict[Status, int] = {}
+    runs, waiting, running, failed = [], [], [], []
+    for fingerprint in record.fingerprints:
+        folder = RunFolder(out, fingerprint)
+        status = folder.status()
+        counts[status] = counts.get(status, 0) + 1
+        if not (folder.path / "config.json").exists():
+            continue
+        run = folder.run()
+        runs.append(run)
+        failure = folder.failure()
+        if status == "running":
+            rows, _ = folder.rows()
+            running.append((run, rows[-1] if rows else None))
+        elif status == "failed" and failure:
+            failed.append((run, failure))
+        elif status in ("waiting", "interrupted"):
+            waiting.append(run)
+    return Standing(record, runs, counts, waiting, running, failed)
