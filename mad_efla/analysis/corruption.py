@@ -18,8 +18,8 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from mad_efla.analysis import scores
-from mad_efla.analysis.scores import Interval
+from mad_efla.analysis.cells import Cell
+from mad_efla.analysis.statistics import Interval, interval
 from mad_efla.plan.run import RunConfig
 from mad_efla.runs.schema import ProbeScore, Result
 from mad_efla.tasks._corruptions import NEUTRAL
@@ -73,39 +73,28 @@ class Arm(NamedTuple):
     curves: dict[str, Curve]
 
 
-def arms(runs: Iterable[RunConfig], results: dict[str, Result]) -> list[Arm]:
-    """Summarise the runs that were probed, in the order of the plan; none where none was.
+def arms(found: Iterable[Cell]) -> list[Arm]:
+    """Summarise the cells that were probed, in their order; none where none was.
 
     Args:
-        runs: Of a sweep or several.
-        results: Results by fingerprint.
+        found: As `cells.cells` returns them.
     """
-    groups: dict[tuple[str, str, str], dict[str, list[RunConfig]]] = {}
-    for run in runs:
-        points = groups.setdefault((run.task.name, run.setting, run.mixer), {})
-        points.setdefault(scores.point_key(run), []).append(run)
-    return [arm for points in groups.values() if (arm := _arm(points, results))]
+    return [arm for cell in found if (arm := _arm(cell))]
 
 
-def _arm(points: dict[str, list[RunConfig]], results: dict[str, Result]) -> Arm | None:
-    chosen = scores.choose(points, results)
-    if chosen is None:
-        return None
-    key, by_seed = chosen
-    grids = next((grid(r) for r in by_seed.values() if r.probes), None)
+def _arm(cell: Cell) -> Arm | None:
+    grids = next((grid(r) for r in cell.results if r.probes), None)
     if grids is None:
         return None
-    seeds = list(by_seed.values())
-    areas = [[area(s, c) for s, c in curves(r, grids).values()] for r in seeds]
-    runs = [r for r in points[key] if r.seed in by_seed]
+    areas = [[area(s, c) for s, c in curves(r, grids).values()] for r in cell.results]
     return Arm(
-        task=runs[0].task.name,
-        setting=runs[0].setting,
-        mixer=runs[0].mixer,
-        runs=runs,
-        clean=scores.interval([scores.test_accuracy(r) for r in seeds]),
-        mean_area=scores.interval([math.fsum(a) / len(a) for a in areas]),
-        curves={name: _curve(name, grids, seeds) for name in grids},
+        task=cell.task,
+        setting=cell.setting,
+        mixer=cell.mixer,
+        runs=cell.runs,
+        clean=interval(list(cell.values().values())),
+        mean_area=interval([math.fsum(a) / len(a) for a in areas]),
+        curves={name: _curve(name, grids, cell.results) for name in grids},
     )
 
 
@@ -116,8 +105,8 @@ def _curve(name: str, grids: dict[str, list[float]], seeds: list[Result]) -> Cur
     finite = [p.finite for r in seeds for p in r.probes if p.name == name]
     return Curve(
         severities=severities,
-        accuracy=[scores.interval(list(at)) for at in zip(*each, strict=True)],
-        area=scores.interval([area(severities, c) for c in each]),
+        accuracy=[interval(list(at)) for at in zip(*each, strict=True)],
+        area=interval([area(severities, c) for c in each]),
         half=Half(statistics.median_low(halves), min(halves), max(halves)),
         finite=min(finite, default=0.0),
     )

@@ -21,32 +21,35 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("runs", type=click.Path(path_type=Path), default=OUT)
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
 @options(
     click.option("--json", "form", flag_value="json", help="Everything, as JSON."),
     click.option("--csv", "form", flag_value="csv", help="One row per protocol, mixer, task."),
     click.option("--latex", "form", flag_value="latex", help="A booktabs table."),
 )
 @says_errors
-def score(runs: Path, form: str | None) -> None:
-    """Score the sweeps under RUNS: per mixer and task, with intervals and paired differences.
+def score(runs: tuple[Path, ...], form: str | None) -> None:
+    """Score the sweeps under RUNS, folders of runs: per mixer and task, with paired differences.
 
     The grid point is chosen on validation and reported on test; protocols are never mixed.
     """
-    from mad_efla.analysis import leaderboard
+    from mad_efla.analysis.leaderboard import leaderboards
     from mad_efla.reporting import export, tables, terminal
+    from mad_efla.runs.read import load
 
-    boards = leaderboard.leaderboards(*leaderboard.read(runs))
+    runs = runs or (Path(OUT),)
+    boards = leaderboards(load(*runs))
     if not boards:
-        raise ConfigError(f"{runs}: holds exploring runs only, which have no score")
+        raise ConfigError(
+            f"{', '.join(map(str, runs))}: holds exploring runs only, which have no score"
+        )
     if form:
         write = {"json": export.as_json, "csv": export.as_csv, "latex": export.as_latex}[form]
         click.echo(write(boards), nl=False)
         return
-    console = terminal.stdout()
     for board in boards:
-        for table in tables.leaderboard(board):
-            console.print(table)
+        for table in (tables.tasks(board), tables.mixers(board), tables.pairs(board)):
+            terminal.show(table)
 
 
 @click.command()
@@ -75,7 +78,7 @@ def results(runs: Path, into: Path | None, readings: Path | None) -> None:
     if into is None:
         click.echo(results.page(found), nl=False)
         return
-    previous = into.read_text() if into.exists() else ""
+    previous = into.read_text(encoding="utf-8") if into.exists() else ""
     write_bytes(into, results.page(found, previous).encode())
 
 
@@ -156,7 +159,7 @@ def spectrum(
     drawn = spectra.figures(found)
     scalars = {name: diagnosis.scalars() for name, diagnosis in found.items()}
     table = tables.spectra(scalars, names[0] if against else None)
-    terminal.stdout().print(table, soft_wrap=True)
+    terminal.show(table)
     for name, figure in drawn.items():
         for path in figures.save(figure, to / name):
             click.echo(path)
@@ -183,6 +186,7 @@ def _log_figures(
 @click.argument("runs", type=click.Path(path_type=Path), default=OUT)
 @options(
     click.option("--plan", help="Whose runs, where RUNS holds those of several plans."),
+    click.option("--setting", help="Whose runs, where there are several, as in 'digits baseline'."),
     click.option(
         "--mixer", "mixers", multiple=True, metavar="LABEL",
         help="Which, by the label in the tables. Repeatable.  [default: all]",
@@ -208,7 +212,7 @@ def _log_figures(
 )  # fmt: skip
 @says_errors
 def causes(
-    runs: Path, plan: str | None, mixers: tuple[str, ...], corruption: str,
+    runs: Path, plan: str | None, setting: str | None, mixers: tuple[str, ...], corruption: str,
     severity: float | None, groups: tuple[str, ...], examples: int, to: Path,
 ) -> None:  # fmt: skip
     """Find out why mixers fail on corrupted inputs: what their layers do, which part did it.
@@ -223,14 +227,14 @@ def causes(
     from mad_efla.reporting.figures import robustness
     from mad_efla.spectrum import causes
 
-    arms = causes.choose(runs, plan, mixers)
+    arms = causes.choose(runs, plan, mixers, setting)
     parts = [tuple(name.strip() for name in group.split("+")) for group in groups]
     found = [
         causes.account(runs, arm, corruption, severity, groups=parts, examples=examples)
         for arm in arms
     ]
     for table in tables.accounts(found):
-        terminal.stdout().print(table)
+        terminal.show(table)
     drawn = {f"{corruption}-states": robustness.states(found)}
     if any(account.blames for account in found):
         drawn[f"{corruption}-blame"] = robustness.blame(found)

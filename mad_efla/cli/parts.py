@@ -50,7 +50,7 @@ def show(
     mad-efla show tasks/recall.yaml --set task.seq_len=32
     mad-efla show recall --set task.seq_len=24 --svg recall.svg
     """
-    from mad_efla.reporting import catalogue, tables, terminal
+    from mad_efla.reporting import catalogue, terminal
 
     found = catalogue.examples(task, assignments, seed, examples)
     if svg:
@@ -61,7 +61,7 @@ def show(
         return
     console = terminal.stdout()
     for block in found:
-        for line in tables.example(*block, columns=console.width):
+        for line in terminal.example(*block, columns=console.width):
             console.print(line, soft_wrap=True)
 
 
@@ -89,7 +89,7 @@ def check(name: str, assignments: tuple[str, ...], width: int) -> None:
     from mad_efla.reporting import tables, terminal
 
     kind, findings = contract.check(name, assignments, width)
-    terminal.stdout().print(tables.findings(f"{kind} {name}", findings))
+    terminal.show(tables.findings(f"{kind} {name}", findings))
     sys.exit(any(f.broken for f in findings))
 
 

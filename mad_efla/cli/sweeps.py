@@ -121,9 +121,7 @@ def _dry_run(sweeps: "list[Sweep]", out: Path, slots: int) -> None:
         runs += found.runs
         for line in terminal.matches(found.matches):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        console.print(
-            tables.runs(found.runs, expand.differences(found.runs), found.sizes), soft_wrap=True
-        )
+        terminal.show(tables.runs(found.runs, expand.differences(found.runs), found.sizes))
     sizes = {f: s for w in sweeps for f, s in w.sizes.items()}
     guess = costs.estimate(runs, out, sizes, slots)
     if search := sweeps[0].search:
@@ -231,7 +229,7 @@ def _ended(found: "Sweep", out: Path) -> "Sweep":
 
 def _record(found: "Sweep", out: Path) -> "SweepRecord":
     from mad_efla.runs.files import now
-    from mad_efla.runs.schema import SweepRecord
+    from mad_efla.runs.schema import SweepRecord, planned
     from mad_efla.runs.sweeps import read_sweeps, write_sweep
 
     known = {r.id: r for r in read_sweeps(out)}
@@ -243,8 +241,10 @@ def _record(found: "Sweep", out: Path) -> "SweepRecord":
         task=found.task,
         plan=found.plan,
         protocol=found.protocol,
+        about=found.about,
         command=shlex.join(["mad-efla", *sys.argv[1:]]),
         fingerprints=fingerprints,
+        planned=() if found.search else tuple(planned(run) for run in found.runs),
         started=known[found.id].started if found.id in known else now(),
         ended=None,
     )
@@ -254,17 +254,18 @@ def _record(found: "Sweep", out: Path) -> "SweepRecord":
 
 def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
     """Print a table for each sweep and what failed; return whether anything did."""
-    from mad_efla.analysis import scores
+    from mad_efla.analysis.cells import cells
     from mad_efla.reporting import tables, terminal
     from mad_efla.runs.folder import RunFolder, finished
+    from mad_efla.runs.read import of_runs
 
-    console, err, failed = terminal.stdout(), terminal.stderr(), False
+    err, failed = terminal.stderr(), False
     for found in sweeps:
         results = finished(out, [r.fingerprint for r in found.runs])
-        lines = scores.table(found.runs, results)
+        shown = cells(of_runs(found.runs, results))
         title = f"{found.task}, plan {found.plan}, protocol {found.protocol}"
-        if lines:
-            console.print(tables.results(lines, title))
+        if shown:
+            terminal.show(tables.sweep(shown, title))
         absent = [r for r in found.runs if r.fingerprint not in results]
         standing = {r.fingerprint: RunFolder(out, r.fingerprint).status() for r in absent}
         if pruned := list(standing.values()).count("pruned"):

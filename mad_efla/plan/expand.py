@@ -85,6 +85,7 @@ class Sweep(NamedTuple):
         search: How points are proposed, if they are; `runs` are then the middles of the spaces.
         prune: How trials are ended early.
         spaces: What is searched.
+        about: The plan's own sentence.
     """
 
     task: str
@@ -97,6 +98,7 @@ class Sweep(NamedTuple):
     search: Search | None = None
     prune: str | None = None
     spaces: Sequence[Space] = ()
+    about: str = ""
 
     @property
     def id(self) -> str:
@@ -166,7 +168,7 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
     every = list(runs.values())
     return Sweep(
         str(name), plan_file.stem, protocol, every, sizes, matched, parsed.limits,
-        parsed.search, parsed.prune, spaces,
+        parsed.search, parsed.prune, spaces, parsed.about,
     )  # fmt: skip
 
 

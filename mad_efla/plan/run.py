@@ -202,6 +202,17 @@ class RunConfig(Section):
         """Sixteen hexadecimal digits: the run's name."""
         return digest(self.canonical)
 
+    @cached_property
+    def condition(self) -> str:
+        """Digest of what makes runs alike: protocol, task, data, model and budget as they are."""
+        parts = [getattr(self, s).model_dump() for s in ("task", "data", "model", "train")]
+        return digest(canonical_json([self.numbers, self.protocol, self.task_version, *parts]))
+
+    @cached_property
+    def point(self) -> str:
+        """Digest of the grid point: the optimiser's fields, which a score chooses among."""
+        return digest(canonical_json(self.optim.model_dump()))
+
     @property
     def mixer(self) -> str:
         """How the mixers are shown: `efla`, `efla(heads=4)`, `attention+efla`."""

@@ -12,6 +12,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,20 +21,22 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from mad_efla import config
-from mad_efla.analysis import corruption, leaderboard, scores
-from mad_efla.analysis.leaderboard import Difference, Leaderboard
-from mad_efla.analysis.scores import Interval, Line
+from mad_efla.analysis import corruption
+from mad_efla.analysis.cells import Cell
+from mad_efla.analysis.leaderboard import Leaderboard, leaderboard
+from mad_efla.analysis.statistics import interval
 from mad_efla.config import ConfigError
 from mad_efla.plan.expand import flatten
-from mad_efla.plan.run import PROTOCOLS, RunConfig
-from mad_efla.reporting import figures, results
+from mad_efla.plan.run import RunConfig
+from mad_efla.reporting import figures, renderers, results, tables
 from mad_efla.reporting.figures import robustness as corrupted
 from mad_efla.reporting.figures import spectra, sweeps
 from mad_efla.reporting.figures.sweeps import Curve, Panel, Point
+from mad_efla.reporting.table import Column, Table, text
 from mad_efla.runs.files import write_bytes
-from mad_efla.runs.folder import RunFolder, finished
-from mad_efla.runs.schema import Result, SweepRecord
-from mad_efla.runs.sweeps import read_sweeps
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.read import Group, load
+from mad_efla.runs.schema import Result
 
 _PHONE = 3.6  # inches
 _EVALUATIONS = 60  # points of a learning curve drawn at most
@@ -42,7 +45,7 @@ _FIELDS = (
     "train.select_split", "train.stop_at", "train.precision",
 )  # fmt: skip
 _SETTINGS = (
-    "Test accuracy by setting in percent, the best of each in bold; Student's intervals over "
+    "Test accuracy by setting in percent, the highest of each in bold; Student's intervals over "
     "seeds, a diverged run counts as zero."
 )
 _PANELS = 12  # in one figure for all tasks; beyond, each task has its own
@@ -57,22 +60,6 @@ class Picture(NamedTuple):
     caption: str
     page: Markup
     phone: Markup | None
-
-
-class Table(NamedTuple):
-    """Cells of text or markup.
-
-    Attributes:
-        caption: What is in it; may be empty.
-        header: Over the columns; empty for rows of a name and its value.
-        rows: The first cell of each names it.
-        folded: Shows the caption alone until it is opened.
-    """
-
-    caption: str
-    header: list[str]
-    rows: list[list[Any]]
-    folded: bool = False
 
 
 class Section(NamedTuple):
@@ -106,7 +93,7 @@ def write(out: Path, to: Path) -> list[Path]:
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(Path(__file__).with_name("report.html").read_text())
-    page = template.render(chapters=chapters, about=_about(parts))
+    page = template.render(chapters=chapters, about=_about(parts), html=renderers.html)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(to, page.encode())
@@ -122,79 +109,56 @@ class _Part(NamedTuple):
     """One plan under one protocol.
 
     Attributes:
-        runs: Those whose folder is there; unlike settings have unlike labels.
-        cells: The same by task, setting and mixer.
-        lines: Rows of the sweep's table by task.
+        out: The folder of run folders.
+        group: Its runs.
+        board: Its numbers.
         names: Mixers that curves are drawn of, best first: as many as can be told apart.
     """
 
     out: Path
-    plan: str
-    protocol: str
-    records: list[SweepRecord]
-    runs: list[RunConfig]
-    cells: dict[tuple[str, str, str], list[RunConfig]]
-    results: dict[str, Result]
+    group: Group
     board: Leaderboard
-    lines: dict[str, list[Line]]
     names: list[str]
+
+    @property
+    def results(self) -> dict[str, Result]:
+        """Results by fingerprint."""
+        return self.group.results
+
+    @property
+    def runs(self) -> list[RunConfig]:
+        """Runs that can be read, in the order of the plan."""
+        planned = self.group.planned
+        return [run for p in planned if (run := self.group.runs.get(p.fingerprint))]
+
+    def by_task(self) -> dict[str, list[Cell]]:
+        """Return the cells of each task."""
+        found: dict[str, list[Cell]] = {}
+        for cell in self.board.cells:
+            found.setdefault(cell.task, []).append(cell)
+        return found
+
+    def folder(self, run: RunConfig) -> RunFolder:
+        """Return where a run is."""
+        return self.group.folders[run.fingerprint]
 
 
 def _parts(out: Path) -> list[_Part]:
-    found: dict[tuple[str, str], list[SweepRecord]] = {}
-    for record in read_sweeps(out):
-        found.setdefault((record.plan, record.protocol), []).append(record)
-    if not found:
-        raise ConfigError(f"{out}: holds no sweep; run `mad-efla sweep` first, or name its folder")
-    return [_part(out, *key, records) for key, records in sorted(found.items())]
+    return [_part(out, group) for group in load(out)]
 
 
-def _part(out: Path, plan: str, protocol: str, records: list[SweepRecord]) -> _Part:
-    fingerprints = _fingerprints(records)
-    runs = [f.run() for x in fingerprints if (f := RunFolder(out, x)).path.exists()]
-    runs = _told_apart(runs)
-    cells: dict[tuple[str, str, str], list[RunConfig]] = {}
-    for run in runs:
-        cells.setdefault((run.task.name, run.setting, run.mixer), []).append(run)
-    done = finished(out, fingerprints)
-    boards = leaderboard.leaderboards(runs, done)
-    board = boards[0] if boards else Leaderboard(protocol, [], [], [])
-    tasks = sorted({r.task.name for r in runs})
-    lines = {task: scores.table([r for r in runs if r.task.name == task], done) for task in tasks}
-    scored = {line.mixer for own in lines.values() for line in own}
+def _part(out: Path, group: Group) -> _Part:
+    board = leaderboard(group)
+    scored = {cell.mixer for cell in board.cells}
     names = [m.mixer for m in board.mixers if m.mixer in scored][: figures.MANY]
-    return _Part(out, plan, protocol, records, runs, cells, done, board, lines, names)
-
-
-def _fingerprints(records: list[SweepRecord]) -> list[str]:
-    return list(dict.fromkeys(f for r in records for f in r.fingerprints))
-
-
-def _told_apart(runs: list[RunConfig]) -> list[RunConfig]:
-    """Give unlike settings of one label labels of their own, as the leaderboard does."""
-    known: dict[tuple[str, str], set[str]] = {}
-    for run in runs:
-        known.setdefault((run.task.name, run.setting), set()).add(leaderboard.condition(run))
-    return [
-        run.model_copy(update={"setting": f"{run.setting} [{leaderboard.condition(run)[:4]}]"})
-        if len(known[run.task.name, run.setting]) > 1
-        else run
-        for run in runs
-    ]
-
-
-def _of(line: Line, part: _Part, task: str) -> list[RunConfig]:
-    """Return the runs that a row of the table is made of: the chosen point, all seeds."""
-    own = part.cells[task, line.setting, line.mixer]
-    chosen = line.point.items()
-    return [r for r in own if all(flatten(r)[name] == value for name, value in chosen)]
+    return _Part(out, group, board, names)
 
 
 # ------------------------------------------------------------------ chapters
 
 
 def _chapter(part: _Part, pictures: "_Pictures", number: int) -> Chapter:
-    pictures.prefix = f"{part.plan}-{part.protocol}"
+    pictures.prefix = f"{part.group.plan}-{part.group.protocol}".replace("/", "-")
     found = [
         Section("Scores", _scores(part, pictures)),
         Section("Settings", _settings(part), _SETTINGS),
@@ -208,20 +172,19 @@ def _chapter(part: _Part, pictures: "_Pictures", number: int) -> Chapter:
         Section("Failed and diverged", _failures(part)),
         Section("Protocol and versions", _facts(part)),
     ]
-    title = f"{part.plan}, protocol {part.protocol}"
+    title = f"{part.group.plan}, protocol {part.group.protocol}"
     return Chapter(title, _summary(part), [s for s in found if s.blocks])
 
 
 def _summary(part: _Part) -> str:
-    planned = len(_fingerprints(part.records))
-    done = f"{len(part.results)} of {planned} runs are done."
-    ranked = [m for m in part.board.mixers if m.average]
-    if not ranked:
+    done = f"{len(part.results)} of {len(part.group.folders)} runs are done."
+    ranked = [m for m in part.board.mixers if m.rank and m.average]
+    if not ranked or ranked[0].average is None:
         return done
-    first = max(ranked, key=lambda m: m.average.mean if m.average else 0)
-    tasks = len(part.lines)
-    where = f"over {tasks} tasks" if tasks > 1 else f"on {next(iter(part.lines))}"
-    return f"Highest score {where}: {first.mixer}, {_text(first.average)} %. {done}"
+    first = ranked[0]
+    tasks = list(part.by_task())
+    where = f"over {len(tasks)} tasks" if len(tasks) > 1 else f"on {tasks[0]}"
+    return f"Highest mean {where}: {first.mixer}, {text(first.average, 'share')} %. {done}"
 
 
 def _about(parts: list[_Part]) -> str:
@@ -236,46 +199,20 @@ def _about(parts: list[_Part]) -> str:
 
 def _scores(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     board = part.board
-    if not part.results:
+    if not board.cells:
         return []
-    tasks = list(part.lines)
-    cells = {(t.mixer, t.task): t for t in board.tasks}
+    several = len(part.by_task()) > 1
     averages = {m.mixer: m.average for m in board.mixers if m.average}
     blocks: list[Picture | Table] = []
     if len(averages) > 1:
-        over = "mean over tasks" if len(tasks) > 1 else tasks[0]
+        over = "mean over tasks" if several else next(iter(part.by_task()))
         blocks.append(pictures.draw(
-            "scores", "Mean test accuracy and its 95 % interval, best mean rank first.",
+            "scores", "Mean test accuracy and its 95 % interval over seeds, the highest first.",
             lambda width: sweeps.rows(averages, x_label=f"test accuracy, {over}, %", width=width),
         ))  # fmt: skip
-    best = {
-        task: max(
-            (t.accuracy.mean for t in board.tasks if t.task == task and t.accuracy), default=2
-        )
-        for task in tasks
-    }
-    rows = []
-    for m in board.mixers:
-        own = [cells.get((m.mixer, task)) for task in tasks]
-        row = [m.mixer]
-        if len(tasks) > 1:
-            average = _cell(m.average) if m.complete else _noted(_cell(m.average), "incomplete")
-            row += [average, "" if m.rank is None else f"{m.rank:.2f}"]
-        row += [_noted(_cell(t.accuracy, best[t.task]), t.missing) if t else "" for t in own]
-        rows.append(row)
-    over_tasks = ["mean", "rank"] if len(tasks) > 1 else []
-    blocks.append(Table(
-        "Test accuracy per token in percent. The grid point is chosen on validation; intervals "
-        "are bootstrapped over settings and seeds, a diverged run counts as zero.",
-        ["mixer", *over_tasks, *tasks], rows,
-    ))  # fmt: skip
-    heat = {
-        (m.mixer, task): t.accuracy
-        for m in board.mixers
-        for task in tasks
-        if (t := cells.get((m.mixer, task))) and t.accuracy
-    }
-    if len(tasks) > 1:
+    blocks.append(tables.mixers(board))
+    if several:
+        heat = {(t.mixer, t.task): t.accuracy for t in board.tasks if t.accuracy}
         blocks.append(pictures.draw(
             "mixers-by-tasks", "The same, mixers by tasks.",
             lambda width: sweeps.heat_map(heat, width=width),
@@ -285,50 +222,13 @@ def _scores(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
 
 def _settings(part: _Part) -> list[Picture | Table]:
     blocks: list[Picture | Table] = []
-    for task, lines in part.lines.items():
-        if not lines:
-            continue
-        scored = {line.mixer for line in lines}
-        mixers = [m.mixer for m in part.board.mixers if m.mixer in scored]
-        settings = list(dict.fromkeys(line.setting for line in lines))
-        cells = {(line.setting, line.mixer): line for line in lines}
-        best = {
-            setting: max(
-                (x.accuracy.mean for x in lines if x.setting == setting and x.accuracy), default=2
-            )
-            for setting in settings
-        }
-        grid = [
-            [_line_cell(cells.get((setting, mixer)), best[setting]) for mixer in mixers]
-            for setting in settings
-        ]
-        across, down = (mixers, settings) if len(mixers) <= len(settings) else (settings, mixers)
-        rows = grid if down is settings else [list(row) for row in zip(*grid, strict=True)]
-        table = [[name, *row] for name, row in zip(down, rows, strict=True)]
-        blocks.append(Table("", [task, *across], table))
-    return [*blocks, _sizes(part)] if blocks else []
-
-
-def _line_cell(line: Line | None, best: float) -> str | Markup:
-    return _noted(_cell(line.accuracy, best), line.missing) if line else ""
-
-
-def _sizes(part: _Part) -> Table:
-    rows = [
-        [
-            task, line.setting, line.mixer, str(line.seeds),
-            ", ".join(f"{k.split('.')[-1]}={v}" for k, v in line.point.items()),
-            "" if line.loss is None else f"{line.loss:.4f}", f"{line.parameters:,}",
-            f"{line.state_size:,}",
-            "not reached" if line.steps_to_90 is None else f"{line.steps_to_90:g}",
-            f"{line.seconds:.0f}",
-        ]
-        for task, lines in part.lines.items()
-        for line in lines
-    ]  # fmt: skip
-    header = ["task", "setting", "mixer", "seeds", "chosen", "test loss", "parameters", "state",
-              "steps to 90 %", "seconds"]  # fmt: skip
-    return Table("What was chosen, sizes and times", header, rows, folded=True)
+    for task in part.by_task():
+        table = tables.settings(part.board, task)
+        blocks.append(replace(table, title=task, columns=[Column(task), *table.columns[1:]]))
+    title = "What was chosen, sizes and times"
+    found = [replace(tables.sweep(own), title=f"{title}: {task}", folded=True)
+             for task, own in part.by_task().items()]  # fmt: skip
+    return [*blocks, *found]
 
 
 # ------------------------------------------------------------------ curves
@@ -336,7 +236,7 @@ def _sizes(part: _Part) -> Table:
 
 def _corruption(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     """Draw what becomes of accuracy under corruption, for tasks that score it."""
-    found = corruption.arms(part.runs, part.results)
+    found = corruption.arms(part.board.cells)
     blocks: list[Picture | Table] = []
     for task, setting in dict.fromkeys((arm.task, arm.setting) for arm in found):
         own = [arm for arm in found if (arm.task, arm.setting) == (task, setting)]
@@ -351,16 +251,15 @@ def _corruption(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
                 lambda width, drawn=drawn: corrupted.curves(drawn, width=width),
             ))  # fmt: skip
     if found:
-        for note, header, rows in results.corruption_tables(found):
-            blocks.append(Table(note, header, [[_stacked(cell) for cell in row] for row in rows]))
+        blocks += tables.corruption(found)
     return blocks
 
 
 def _difficulty(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     found: dict[str, list[Panel]] = {}
-    for task, lines in part.lines.items():
+    for task, lines in part.by_task().items():
         at = {(line.setting, line.mixer): line.accuracy for line in lines}
-        for title, field, settings in _axes([r for r in part.runs if r.task.name == task]):
+        for title, field, settings in _axes(lines):
             own = []
             for name in part.names:
                 points = [(x, y) for x, s in settings if (y := at.get((s, name)))]
@@ -400,13 +299,12 @@ def _by_task(
     ]
 
 
-def _axes(runs: list[RunConfig]) -> Iterator[tuple[str, str, list[tuple[Any, str]]]]:
+def _axes(found: list[Cell]) -> Iterator[tuple[str, str, list[tuple[Any, str]]]]:
     """Find fields of task and data along which settings differ in nothing else.
 
     Yields a title, the field, and its values with the settings that have them, rising.
     """
-    settings = {run.setting: run for run in runs}
-    flat = {label: _condition_fields(run) for label, run in settings.items()}
+    flat = {cell.setting: _condition_fields(cell.runs[0]) for cell in found}
     for field in dict.fromkeys(f for fields in flat.values() for f in fields):
         groups: dict[str, dict[Any, str]] = {}
         for label, fields in flat.items():
@@ -437,10 +335,10 @@ def _rising(value: Any) -> tuple[bool, Any]:
 
 def _learning(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     found: dict[str, list[Panel]] = {}
-    for task, lines in part.lines.items():
+    for task, lines in part.by_task().items():
         settings: dict[str, list[Curve]] = {}
         for line in lines:
-            if line.mixer in part.names and (curve := _curve(line, part, task)):
+            if line.mixer in part.names and (curve := _curve(line, part)):
                 settings.setdefault(line.setting, []).append(curve)
         if settings:
             found[task] = [Panel(setting, "step", own) for setting, own in settings.items()]
@@ -458,11 +356,11 @@ def _learning(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     )  # fmt: skip
 
 
-def _curve(line: Line, part: _Part, task: str) -> Curve | None:
+def _curve(line: Cell, part: _Part) -> Curve | None:
     """Average validation accuracy over seeds, at the steps at which some run has one."""
     tracks = []
-    for run in _of(line, part, task):
-        rows, _ = RunFolder(part.out, run.fingerprint).rows()
+    for run in line.runs:
+        rows, _ = part.folder(run).rows()
         track = {r.step: v for r in rows if (v := r.metrics.get("val/token_accuracy")) is not None}
         result = part.results.get(run.fingerprint)
         if result and result.status == "diverged":
@@ -475,14 +373,14 @@ def _curve(line: Line, part: _Part, task: str) -> Curve | None:
     steps = sorted({step for track in tracks for step in track if step >= first})
     every = math.ceil(len(steps) / _EVALUATIONS)
     steps = steps[::-1][::every][::-1]
-    means = [scores.interval([track[max(s for s in track if s <= at)] for track in tracks])
+    means = [interval([track[max(s for s in track if s <= at)] for track in tracks])
              for at in steps]  # fmt: skip
     return Curve(line.mixer, [float(step) for step in steps], means)
 
 
 def _memory(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     panels = []
-    for task, lines in part.lines.items():
+    for task, lines in part.by_task().items():
         points = []
         for t in part.board.tasks:
             sizes = [line.state_size for line in lines if line.mixer == t.mixer]
@@ -503,18 +401,12 @@ def _memory(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
 
 
 def _learning_rate(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
-    drawn = [r for r in part.runs if r.mixer in part.names]
     by_rate = {
-        rate: board[0].tasks
-        for rate in sorted({r.optim.lr for r in drawn})
-        if (
-            board := leaderboard.leaderboards(
-                [r for r in drawn if r.optim.lr == rate], part.results
-            )
-        )
+        rate: leaderboard(_at_rate(part.group, rate)).tasks
+        for rate in sorted({r.optim.lr for r in part.runs})
     }
     panels = []
-    for task in part.lines:
+    for task in part.by_task():
         found = []
         for name in part.names:
             points = [
@@ -531,37 +423,39 @@ def _learning_rate(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
         return []
     caption = (
         "Test accuracy at each learning rate, mean over settings; what else the grid varies is "
-        "chosen on validation. Intervals are bootstrapped over settings and seeds; a diverged run "
-        f"counts as zero.{_left_out(part)}"
+        f"chosen on validation. A diverged run counts as zero.{_left_out(part)}"
     )
     return [pictures.draw(
         "learning-rate", caption, lambda width: sweeps.curves(panels, part.names, width=width)
     )]  # fmt: skip
 
 
+def _at_rate(group: Group, rate: float) -> Group:
+    """Return the runs of a group at one learning rate, those that only choose among them."""
+    kept = [
+        p.model_copy(update={"chooses": False})
+        for p in group.planned
+        if p.fingerprint in group.runs and group.runs[p.fingerprint].optim.lr == rate
+    ]
+    return group._replace(planned=kept)
+
+
 # ------------------------------------------------------------------ differences, spectra
 
 
 def _differences(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
-    pairs = [_upward(d) for d in part.board.differences]
+    pairs = part.board.pairs
     if not pairs:
         return []
-    pairs.sort(key=lambda d: -d.mean.mean)
     drawn, what = pairs, ""
     if len(pairs) > _PAIRS:
         first = part.board.mixers[0].mixer
-        drawn = [d for d in pairs if first in (d.first, d.second)][: 2 * _PAIRS]
+        drawn = [p for p in pairs if first in (p.first, p.second)][: 2 * _PAIRS]
         what = f" Drawn are those to {first}; the table has all."
-    shown = {f"{d.first} - {d.second}": d.mean for d in drawn}
+    shown = {f"{p.first} - {p.second}": p.difference.mean for p in drawn}
     caption = (
-        "Means of the differences on the same tasks, settings and seeds, in points of accuracy, "
-        f"the higher mixer first.{what}"
+        f"Means of the differences, in points of accuracy, on the same settings and seeds.{what}"
     )
-    rows: list[list[Any]] = [
-        [f"{d.first} - {d.second}", _cell(d.mean), str(d.pairs), f"{d.p:.3g}",
-         f"{d.p_corrected:.3g}"]
-        for d in pairs
-    ]  # fmt: skip
     return [
         pictures.draw(
             "differences", caption,
@@ -569,21 +463,8 @@ def _differences(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
                 shown, x_label="difference, points", around="zero", width=width
             ),
         ),
-        Table(
-            "Intervals are bootstrapped over pairs; p of Wilcoxon's signed-rank test, corrected "
-            "after Benjamini and Hochberg over all pairs of mixers.",
-            ["first minus second", "points", "pairs", "p", "corrected p"], rows,
-            folded=len(rows) > 2 * _PAIRS,
-        ),
+        tables.pairs(part.board),
     ]  # fmt: skip
-
-
-def _upward(d: Difference) -> Difference:
-    """Put the higher mixer first."""
-    if d.mean.mean >= 0:
-        return d
-    low, high = (None if end is None else -end for end in (d.mean.high, d.mean.low))
-    return d._replace(first=d.second, second=d.first, mean=Interval(-d.mean.mean, low, high))
 
 
 def _spectra(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
@@ -595,16 +476,12 @@ def _spectra(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     if chosen is None:
         return []
     _, task, lines = chosen
-    runs = [r for line in lines for r in _of(line, part, task)]
-    whole = [r for r in runs if (part.out / r.fingerprint / "model.pt").exists()]
-    found = {run.mixer: run.fingerprint for run in scores.best_runs(whole, part.results).values()}
+    found = {c.mixer: part.folder(run) for c in lines if (run := c.best_run)}
+    found = {n: folder for n, folder in found.items() if (folder.path / "model.pt").exists()}
     best = {n: found[n] for n in [n for n in part.names if n in found][:_LOOKED_AT]}
     if not best:
         return []
-    looked = {
-        mixer: spectra.diagnose(RunFolder(part.out, fingerprint), _EXAMPLES, 0)
-        for mixer, fingerprint in best.items()
-    }
+    looked = {mixer: spectra.diagnose(folder, _EXAMPLES, 0) for mixer, folder in best.items()}
     said = f"{task}, {lines[0].setting}, where the scores lie farthest apart; the run of each "
     said += f"mixer that is best on validation{'' if len(lines) <= _LOOKED_AT else ', four mixers'}"
     return [
@@ -613,14 +490,14 @@ def _spectra(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     ]
 
 
-def _by_setting(part: _Part) -> Iterator[tuple[str, list[Line]]]:
-    for task, lines in part.lines.items():
+def _by_setting(part: _Part) -> Iterator[tuple[str, list[Cell]]]:
+    for task, lines in part.by_task().items():
         for setting in dict.fromkeys(line.setting for line in lines):
             own = [x for x in lines if x.setting == setting and x.mixer in part.names]
             yield task, [x for x in own if x.accuracy]
 
 
-def _apart(lines: list[Line]) -> float:
+def _apart(lines: list[Cell]) -> float:
     means = [line.accuracy.mean for line in lines if line.accuracy]
     return max(means, default=0) - min(means, default=1)
 
@@ -632,7 +509,7 @@ def _failures(part: _Part) -> list[Picture | Table]:
     rows: list[list[Any]] = []
     waiting: dict[str, int] = {}
     for run in part.runs:
-        folder, result = RunFolder(part.out, run.fingerprint), part.results.get(run.fingerprint)
+        folder, result = part.folder(run), part.results.get(run.fingerprint)
         failure = None if result else folder.failure()
         if result and result.status == "diverged":
             status, why = "diverged", result.stopped or ""
@@ -642,83 +519,36 @@ def _failures(part: _Part) -> list[Picture | Table]:
             waiting[run.mixer] = waiting.get(run.mixer, 0) + (result is None)
             continue
         rows.append([
-            status, run.task.name, run.setting, run.mixer, f"{run.optim.lr:g}", str(run.seed),
+            status, run.task.name, run.setting, run.mixer, run.optim.lr, run.seed,
             run.fingerprint, why,
         ])  # fmt: skip
-    header = ["", "task", "setting", "mixer", "learning rate", "seed", "run", "why"]
-    gone = len(_fingerprints(part.records)) - len(part.runs)
-    left = [[mixer, str(n)] for mixer, n in sorted(waiting.items()) if n]
-    left += [["without a folder", str(gone)]] * bool(gone)
+    rows += [["unreadable", "", "", "", None, None, u.path.name, u.reason]
+             for u in part.group.unreadable]  # fmt: skip
     blocks: list[Picture | Table] = []
     if rows:
         rows.sort(key=lambda row: row[0] != "failed")
-        blocks.append(Table("Runs that ended without a score.", header, rows))
+        heads = [Column(n) for n in ("", "task", "setting", "mixer")]
+        heads += [Column("learning rate", "number"), Column("seed", "count")]
+        heads += [Column("run"), Column("why")]
+        blocks.append(Table(heads, rows, "Runs that ended without a score."))
+    left: list[list[Any]] = [[mixer, n] for mixer, n in sorted(waiting.items()) if n]
+    gone = len(part.group.folders) - len(part.runs) - len(part.group.unreadable)
+    left += [["without a folder", gone]] * (gone > 0)
     if left:
-        blocks.append(Table("Runs that are still to be made.", ["mixer", "runs"], left))
+        heads = [Column("mixer"), Column("runs", "count")]
+        blocks.append(Table(heads, left, "Runs that are still to be made."))
     return blocks
 
 
 def _facts(part: _Part) -> list[Picture | Table]:
-    done = list(part.results.values())
-    diverged = sum(r.status == "diverged" for r in done)
-    commands = dict.fromkeys(results.public_command(r.command) for r in part.records)
-    lines = [Markup("<code>{}</code>").format(command) for command in commands]
-    rows: list[list[Any]] = [
-        ["command", Markup("<br>").join(lines)],
-        ["runs", f"{len(done)} of {len(_fingerprints(part.records))} done, {diverged} diverged"],
-        ["seeds", ", ".join(_distinct(r.seed for r in part.runs))],
-    ]
-    fixed = PROTOCOLS.get(part.protocol, {})
-    if fixed:
-        rows.append([f"fixed by {part.protocol}", "; ".join(
-            f"{name} {' or '.join(map(str, values))}" for name, values in fixed.items()
-        )])  # fmt: skip
-    for field in _FIELDS:
-        section, key = field.split(".")
-        values = _distinct(getattr(getattr(run, section), key) for run in part.runs)
-        rows.append([field, ", ".join(values)])
-    if done:
-        hours = sum(r.seconds for r in done) / 3600
-        days = " to ".join(dict.fromkeys(_day(f(r.ended for r in done)) for f in (min, max)))
-        rows.append(["time", f"{hours:.2f} hours of one worker, {days}"])
-        for name in sorted({name for r in done for name in r.environment}):
-            values = _distinct(r.environment[name] for r in done if r.environment.get(name))
-            rows.append([name.replace("git_", ""), ", ".join(values)])
-    return [Table("", [], rows)]
+    return [results.facts(part.group)]
 
 
 # ------------------------------------------------------------------ words
 
 
-def _cell(value: Interval | None, best: float | None = None) -> str | Markup:
-    """Write an accuracy in percent over its interval; bold if it is the best."""
-    if value is None:
-        return "-"
-    form = "<b>{}</b>" if value.mean == best else "{}"
-    mean = Markup(form).format(f"{100 * value.mean:.1f}")
-    if value.low is None or value.high is None:
-        return mean
-    ends = f"[{100 * value.low:.1f}, {100 * value.high:.1f}]"
-    return mean + Markup(" <small>{}</small>").format(ends)
-
-
-def _stacked(text: str) -> str | Markup:
-    """Set an interval under its number."""
-    number, bracket, interval = text.partition(" [")
-    return Markup("{} <small>[{}</small>").format(number, interval) if bracket else text
-
-
-def _noted(cell: str | Markup, note: str) -> str | Markup:
-    return escape(cell) + Markup(" <em>{}</em>").format(note) if note else cell
-
-
-def _text(value: Interval | None) -> str:
-    return "" if value is None else str(Markup(_cell(value)).striptags())
-
-
 def _single(part: _Part) -> str:
-    lines = [line for own in part.lines.values() for line in own]
-    return "; a single seed has none" if any(line.seeds == 1 for line in lines) else ""
+    return "; a single seed has none" if any(len(c.seeds) == 1 for c in part.board.cells) else ""
 
 
 def _left_out(part: _Part) -> str:

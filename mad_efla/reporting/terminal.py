@@ -3,13 +3,19 @@
 import sys
 
 from rich.console import Console
+from rich.text import Text
 
 from mad_efla.execution.costs import Costs
 from mad_efla.plan.run import RunConfig
+from mad_efla.reporting import renderers
+from mad_efla.reporting.table import Table
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.status import Standing
 from mad_efla.training.fits import Match
 
+_ROLES = {"key": "bold cyan", "value": "green"}
+_ROLES |= dict.fromkeys(("copy", "insert", "compress"), "bold magenta")
+_ROLES |= dict.fromkeys(("noise", "blank", "pad", "filler"), "dim")
 PLAIN_WIDTH = 140  # columns, where stdout is no terminal
 
 
@@ -26,6 +32,11 @@ def stderr() -> Console:
 def _plain(*, stderr: bool = False) -> Console:
     """Write text alone, also where FORCE_COLOR asks for more, as notebooks do of all they call."""
     return Console(width=PLAIN_WIDTH, stderr=stderr, no_color=True, force_terminal=False)
+
+
+def show(table: Table) -> None:
+    """Print a table on stdout."""
+    stdout().print(renderers.terminal(table), soft_wrap=not sys.stdout.isatty())
 
 
 def name(run: RunConfig) -> str:
@@ -125,3 +136,41 @@ def log(folder: RunFolder) -> list[str]:
     if failed and not result:
         lines += [f"{failed.kind}: {failed.reason}", *failed.traceback.splitlines()]
     return lines
+
+
+def example(
+    inputs: list[int] | list[float], roles: list[str], targets: list[int],
+    answers: list[int] | None, columns: int,
+) -> list[Text]:  # fmt: skip
+    """Draw one sequence in blocks of lines: tokens by role, what is scored, what the solver says.
+
+    Args:
+        inputs: Token ids, or rounded numbers.
+        roles: A word for each.
+        targets: The answer at scored positions, negative elsewhere.
+        answers: The solver's; None where there is no solver.
+        columns: Width to fill.
+    """
+    width = max(len(str(t)) for t in (*inputs, *targets))
+    per_line = max((columns - 8) // (width + 1), 1)
+    lines = []
+    for start in range(0, len(inputs), per_line):
+        block = slice(start, start + per_line)
+        tokens = [(f"{t:>{width}} ", _ROLES.get(r, "")) for t, r in
+                  zip(inputs[block], roles[block], strict=True)]  # fmt: skip
+        wanted = [_cell(t, t >= 0, width, "bold yellow") for t in targets[block]]
+        lines.append(Text.assemble(("tokens  ", "dim"), *tokens))
+        lines.append(Text.assemble(("scored  ", "dim"), *wanted))
+        if answers is not None:
+            solved = [
+                _cell(a, t >= 0, width, "bold green" if a == t else "bold red")
+                for t, a in zip(targets[block], answers[block], strict=True)
+            ]
+            lines.append(Text.assemble(("solver  ", "dim"), *solved))
+        lines.append(Text(""))
+    return lines
+
+
+def _cell(token: int, scored: bool, width: int, style: str) -> tuple[str, str]:
+    text = "" if not scored else "?" if token < 0 else str(token)
+    return f"{text:>{width}} ", style

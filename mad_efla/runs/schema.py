@@ -5,16 +5,22 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from mad_efla.config import Section
+from mad_efla.plan.run import RunConfig
 
 Status = Literal["waiting", "running", "interrupted", "failed", "pruned", "diverged", "finished"]
 
 
 class Scores(Section):
-    """Metrics of one split; accuracies in [0, 1], loss in nats per scored token."""
+    """Metrics of one split; accuracies in [0, 1], loss in nats per scored token.
+
+    `sequence_accuracy` is the share of sequences with all scored answers right; results of earlier
+    versions have none.
+    """
 
     loss: float
     token_accuracy: float
     macro_accuracy: float
+    sequence_accuracy: float | None = None
 
 
 class ProbeScore(Section):
@@ -107,6 +113,28 @@ class Row(NamedTuple):
 # ------------------------------------------------------------------ sweeps
 
 
+class Planned(Section):
+    """A run as its sweep names it, so that it can be told of where its folder is gone.
+
+    Attributes:
+        fingerprint: The run's name.
+        setting: The setting's label in this sweep.
+        mixer: The mixer's label.
+        condition: Digest of task, data, model and budget, see `RunConfig.condition`.
+        point: Digest of the grid point, see `RunConfig.point`.
+        seed: The run's seed.
+        chooses: Whether it only chooses the grid point, on a seed of its own.
+    """
+
+    fingerprint: str
+    setting: str
+    mixer: str
+    condition: str
+    point: str
+    seed: int
+    chooses: bool = False
+
+
 class SweepRecord(Section):
     """Which runs a sweep is made of.
 
@@ -116,7 +144,9 @@ class SweepRecord(Section):
         plan: The plan's name.
         protocol: The protocol of its runs.
         command: What the user typed.
+        about: The plan's own sentence.
         fingerprints: Its runs, in the order of the plan.
+        planned: The same with what they are; records of earlier versions have none.
         started: Milliseconds since the epoch, of the first call.
         ended: Of the last call's end; None while it runs or after a kill.
     """
@@ -126,6 +156,16 @@ class SweepRecord(Section):
     plan: str
     protocol: str
     command: str
+    about: str = ""
     fingerprints: tuple[str, ...]
+    planned: tuple[Planned, ...] = ()
     started: int
     ended: int | None
+
+
+def planned(run: RunConfig, *, chooses: bool = False) -> Planned:
+    """Note what a run is."""
+    return Planned(
+        fingerprint=run.fingerprint, setting=run.setting, mixer=run.mixer,
+        condition=run.condition, point=run.point, seed=run.seed, chooses=chooses,
+    )  # fmt: skip

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from mad_efla import spectrum
-from mad_efla.analysis import scores
+from mad_efla.analysis.cells import cells
 from mad_efla.analysis.corruption import Arm, arms
-from mad_efla.analysis.scores import Interval
+from mad_efla.analysis.statistics import Interval, interval
 from mad_efla.config import ConfigError, suggest
 from mad_efla.mixers.delta import Delta, Parts
-from mad_efla.runs.folder import RunFolder, finished
-from mad_efla.runs.sweeps import read_sweeps
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.read import load as load_runs
 from mad_efla.tasks import IGNORE, Examples
 from mad_efla.training import data, model
 from mad_efla.training.model import Backbone
@@ -127,30 +127,37 @@ class Subject(NamedTuple):
         return found
 
 
-def choose(out: Path, plan: str | None, mixers: Iterable[str]) -> list[Arm]:
+def choose(
+    out: Path, plan: str | None, mixers: Iterable[str], setting: str | None = None
+) -> list[Arm]:
     """Find the mixers to take apart among the sweeps under a folder.
 
     Args:
         out: The folder of run folders.
         plan: Whose runs; None where the folder holds those of one plan alone.
         mixers: Their labels; none takes all.
+        setting: Whose runs, as `task` or `task setting`; None where there is one alone.
 
     Raises:
-        ConfigError: There are no probed runs, several plans, or no such mixer.
+        ConfigError: There are no probed runs, several plans or settings, or no such mixer.
     """
-    records = read_sweeps(out)
-    plans = list(dict.fromkeys(r.plan for r in records))
+    groups = load_runs(out)
+    plans = list(dict.fromkeys(group.plan for group in groups))
     if plan is None and len(plans) != 1:
         raise ConfigError(f"{out}: holds the plans {plans}; name one with --plan")
     wanted = plan or plans[0]
     if wanted not in plans:
         raise ConfigError(f"--plan {plan}: {out} holds none of it{suggest(wanted, plans)}")
-    fingerprints = [f for r in records if r.plan == wanted for f in r.fingerprints]
-    folders = [RunFolder(out, f) for f in dict.fromkeys(fingerprints)]
-    runs = [folder.run() for folder in folders if folder.path.exists()]
-    found = {arm.mixer: arm for arm in arms(runs, finished(out, fingerprints))}
-    if not found:
+    probed = [a for g in groups if g.plan == wanted for a in arms(cells(g))]
+    if not probed:
         raise ConfigError(f"{out}: no run of plan {wanted} was scored under corruption")
+    named = list(dict.fromkeys(f"{arm.task} {arm.setting}" for arm in probed))
+    chosen = [n for n in named if setting is None or setting in (n, *n.split(" ", 1))]
+    if len(chosen) != 1:
+        raise ConfigError(
+            f"--setting {setting}: {out} holds the settings {named}; name one of them"
+        )
+    found = {arm.mixer: arm for arm in probed if f"{arm.task} {arm.setting}" == chosen[0]}
     for mixer in (mixers := list(mixers)):
         if mixer not in found:
             raise ConfigError(f"--mixer {mixer}: no such mixer{suggest(mixer, list(found))}")
@@ -165,7 +172,7 @@ def account(
 
     Args:
         out: The folder of run folders.
-        arm: As `robustness.arms` finds it.
+        arm: As `corruption.arms` finds it.
         corruption: By its name.
         severity: At which the blame is laid; None takes the largest.
         groups: Parts to be taken together, as in `blame`.
@@ -213,7 +220,7 @@ def account(
         corrupted=arm.curves[corruption].accuracy[severities.index(severity)],
         blames={
             " + ".join(same[0].parts): (
-                scores.interval([b.alone for b in same]), scores.interval([b.mended for b in same]),
+                interval([b.alone for b in same]), interval([b.mended for b in same]),
             )
             for same in zip(*blamed, strict=True)
         },

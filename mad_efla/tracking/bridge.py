@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mad_efla.analysis import corruption, scores
+from mad_efla.analysis import cells as analysis
+from mad_efla.analysis import corruption
 from mad_efla.config import ConfigError
 from mad_efla.plan.run import RunConfig
 from mad_efla.runs.files import now
 from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.read import of_record
 from mad_efla.runs.schema import Failure, Result, Status, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps, sweep_figures
 from mad_efla.tracking import models, records, stores
@@ -231,13 +233,12 @@ class Bridge:
         counts = records.counts(statuses)
         if entry.deleted or (counts, status) == (entry.tags.get("mad.counts"), entry.status):
             return
-        runs = self._read_all(sweep.fingerprints)
-        rows = records.leaderboard(scores.table(runs, self.results))
-        note = records.sweep_note(sweep, statuses, rows)
+        found = analysis.cells(of_record(sweep, self.out))
+        note = records.sweep_note(sweep, statuses, found)
         self.client.set_tag(entry.run_id, "mlflow.note.content", note)
-        entry.write("leaderboard.csv", records.leaderboard_csv(rows))
-        entry.write("leaderboard.json", records.leaderboard_json(rows))
-        if probed := corruption.arms(runs, self.results):
+        entry.write("leaderboard.csv", records.leaderboard_csv(found))
+        entry.write("leaderboard.json", records.leaderboard_json(found))
+        if probed := corruption.arms(found):
             entry.write("corruption.json", records.corruption_json(probed))
         if status != "RUNNING":
             entry.log(records.sweep_points(statuses, now()), self.deadline)

@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from mad_efla.analysis import corruption, scores
+from mad_efla.analysis import corruption
+from mad_efla.analysis.cells import Cell
 from mad_efla.plan.run import RunConfig
 from mad_efla.runs.schema import Result, Row, Status, SweepRecord
 from mad_efla.tasks._corruptions import NEUTRAL
@@ -34,7 +35,7 @@ MLFLOW_STATUS: dict[Status, str] = {
     "interrupted": "KILLED",
     "pruned": "KILLED",
 }
-_SCORES = ("token_accuracy", "macro_accuracy", "loss")
+_SCORES = ("token_accuracy", "macro_accuracy", "sequence_accuracy", "loss")
 _NUMBERS = ("steps_to_90", "steps", "seconds", "parameters", "state_size")
 
 
@@ -65,9 +66,9 @@ def summary(result: Result) -> dict[str, float]:
     """Return a result's numbers, the primary score first; a run that diverged has no scores."""
     found: dict[str, float | None] = {}
     if result.test:
-        found = {f"test/{name}": getattr(result.test, name) for name in _SCORES}
+        found = {f"test/{name}": getattr(result.test, name, None) for name in _SCORES}
     if result.validation:
-        found |= {f"val_chosen/{name}": getattr(result.validation, name) for name in _SCORES}
+        found |= {f"val_chosen/{name}": getattr(result.validation, name, None) for name in _SCORES}
     for name in _NUMBERS:
         found[f"total/{name}"] = getattr(result, name)
     for name, curve in corruption.curves(result).items():
@@ -175,48 +176,49 @@ def sweep_points(statuses: Counter[Status], time: int) -> list[Point]:
     return [Point(f"sweep/{name}", float(statuses[name]), time, 0) for name in MLFLOW_STATUS]
 
 
-def sweep_note(record: SweepRecord, statuses: Counter[Status], rows: list[list[str]]) -> str:
+HEADER = (
+    "setting", "mixer", "grid point", "seeds", "accuracy", "low", "high", "macro accuracy",
+    "sequence accuracy", "loss", "parameters", "state size", "steps to 90 %", "seconds", "note",
+)  # fmt: skip
+# The columns that fit beside MLflow's own.
+_NOTED = ("setting", "mixer", "grid point", "seeds", "accuracy", "low", "high", "loss", "note")
+
+
+def sweep_note(record: SweepRecord, statuses: Counter[Status], found: list[Cell]) -> str:
     """Write a sweep's page: its counts, its leaderboard, and the command that made it."""
+    rows = [["" if v is None else str(v) for v in row] for row in leaderboard(found)]
     table = [HEADER, ["---"] * len(HEADER), *rows]
     columns = [HEADER.index(c) for c in _NOTED]
     lines = "\n".join("| " + " | ".join(row[c] for c in columns) + " |" for row in table)
     return f"Protocol {record.protocol}: {counts(statuses)}.\n\n{lines}\n\n`{record.command}`"
 
 
-HEADER = (
-    "setting", "mixer", "grid point", "seeds", "accuracy", "low", "high", "macro accuracy", "loss",
-    "parameters", "state size", "steps to 90 %", "seconds", "missing",
-)  # fmt: skip
-# The columns that fit beside MLflow's own.
-_NOTED = ("setting", "mixer", "grid point", "seeds", "accuracy", "low", "high", "loss", "missing")
-
-
-def leaderboard(lines: list[scores.Line]) -> list[list[str]]:
-    """Return the rows of a sweep's table, as text, below `HEADER`."""
-    rows = []
-    for line in lines:
-        point = ", ".join(f"{k.split('.')[-1]}={v}" for k, v in line.point.items())
-        low_high = line.accuracy or (None, None, None)
-        numbers = (*low_high, line.macro_accuracy, line.loss)
-        figures = ["" if n is None else f"{n:.4f}" for n in numbers]
-        steps = "" if line.steps_to_90 is None else f"{line.steps_to_90:g}"
-        rows.append(
-            [line.setting, line.mixer, point, str(line.seeds), *figures, str(line.parameters),
-             str(line.state_size), steps, f"{line.seconds:.1f}", line.missing]
-        )  # fmt: skip
+def leaderboard(found: list[Cell]) -> list[list[str | float | None]]:
+    """Return the rows of a sweep's table below `HEADER`; accuracies in [0, 1], four digits."""
+    rows: list[list[str | float | None]] = []
+    for cell in found:
+        scores = (*(cell.accuracy or (None,) * 3), cell.macro_accuracy, cell.sequence_accuracy,
+                  cell.loss)  # fmt: skip
+        point = ", ".join(f"{k.split('.')[-1]}={v}" for k, v in cell.point.items())
+        note = "; ".join(filter(None, (cell.missing, cell.note)))
+        numbers = [None if n is None else round(n, 4) for n in scores]
+        rows.append([
+            cell.setting, cell.mixer, point, len(cell.seeds), *numbers, cell.parameters,
+            cell.state_size, cell.steps_to_90, round(cell.seconds, 1), note,
+        ])  # fmt: skip
     return rows
 
 
-def leaderboard_csv(rows: list[list[str]]) -> str:
+def leaderboard_csv(found: list[Cell]) -> str:
     """Write all columns of a leaderboard."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([HEADER, *rows])
+    csv.writer(text, lineterminator="\n").writerows([HEADER, *leaderboard(found)])
     return text.getvalue()
 
 
-def leaderboard_json(rows: list[list[str]]) -> str:
+def leaderboard_json(found: list[Cell]) -> str:
     """Write a leaderboard as `mlflow.load_table` reads it; numbers are numbers."""
-    return json.dumps({"columns": HEADER, "data": [[_value(cell) for cell in row] for row in rows]})
+    return json.dumps({"columns": HEADER, "data": leaderboard(found)})
 
 
 CORRUPTION_HEADER = (
@@ -244,13 +246,6 @@ TABLE_TAG = {"mlflow.loggedArtifacts": '[{"path": "leaderboard.json", "type": "t
 """What `mlflow.log_table` tags a run with, so that the page shows its table."""
 
 
-def _value(cell: str) -> float | str | None:
-    try:
-        return float(cell) if cell else None
-    except ValueError:
-        return cell
-
-
 EXPERIMENT_NOTE = """\
 Runs of the task **{task}**, mirrored by mad-efla from its run folders.
 
@@ -260,6 +255,7 @@ A *sweep* is a parent run; its *cells* (tag `mad.role` = `cell`) are one trainin
 |---|---|
 | `test/token_accuracy` | the score: right answers on the test split, in [0, 1] |
 | `test/macro_accuracy` | the same, averaged over the answers' classes |
+| `test/sequence_accuracy` | share of sequences with all answers right |
 | `test/loss` | nats per scored token |
 | `total/steps_to_90` | first evaluated step with validation accuracy of at least 0.9 |
 | `total/state_size` | numbers the mixers carry from token to token |

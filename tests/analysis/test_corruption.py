@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from mad_efla.analysis import corruption
+from mad_efla.analysis.cells import cells
 from mad_efla.config import ConfigError
 from mad_efla.reporting import report, results
 from mad_efla.reporting.figures import robustness as drawings
 from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.read import of_runs
 from mad_efla.runs.schema import ProbeScore, Result, Scores, SweepRecord
 from mad_efla.runs.sweeps import write_sweep
 from mad_efla.spectrum import causes
@@ -37,6 +39,10 @@ def result_of(run, probes=FALLING, validation=0.9):
             for name, at in (probes or {}).items() for s, a in at.items()
         ),
     )  # fmt: skip
+
+
+def arms_of(runs, results):
+    return corruption.arms(cells(of_runs(runs, results)))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,7 @@ def test_the_learning_rate_is_chosen_on_clean_validation_and_divergence_counts_a
     tough = {"noise": {0.0: 0.8, 1.0: 0.8}}
     found = {r.fingerprint: result_of(r, tough, validation=0.5) for r in low}
     found |= {r.fingerprint: result_of(r, validation=0.9) for r in high}
-    (arm,) = corruption.arms(low + high, found)
+    (arm,) = arms_of(low + high, found)
     assert {r.optim.lr for r in arm.runs} == {1e-2}  # though the other is the more robust
     assert arm.clean.mean == pytest.approx(0.8)
     noise = arm.curves["noise"]
@@ -81,10 +87,10 @@ def test_the_learning_rate_is_chosen_on_clean_validation_and_divergence_counts_a
     assert arm.mean_area.mean == pytest.approx((0.55 + 0.725) / 2)
     found[high[1].fingerprint] = result_of(high[1], None)
     found |= {r.fingerprint: result_of(r, tough, validation=0.1) for r in low}
-    (arm,) = corruption.arms(low + high, found)
+    (arm,) = arms_of(low + high, found)
     assert arm.curves["noise"].accuracy[0].mean == pytest.approx(0.4)
     assert arm.curves["noise"].half == pytest.approx((0.0, 0.0, 0.75))
-    assert corruption.arms(low, {r.fingerprint: result_of(r, {}) for r in low}) == []
+    assert arms_of(low, {r.fingerprint: result_of(r, {}) for r in low}) == []
 
 
 def test_a_run_tells_mlflow_areas_halves_and_curves():
@@ -99,7 +105,7 @@ def test_a_run_tells_mlflow_areas_halves_and_curves():
 
 def test_a_sweep_tells_mlflow_what_becomes_of_each_mixer():
     runs = [classify(seed=s) for s in (0, 1)]
-    arms = corruption.arms(runs, {r.fingerprint: result_of(r) for r in runs})
+    arms = arms_of(runs, {r.fingerprint: result_of(r) for r in runs})
     table = json.loads(records.corruption_json(arms))
     rows = {row[3]: dict(zip(table["columns"], row, strict=True)) for row in table["data"]}
     noise, intensity = rows["noise"], rows["intensity"]

@@ -9,12 +9,13 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from mad_efla.analysis import leaderboard
+from mad_efla.analysis.leaderboard import leaderboards
 from mad_efla.cli import cli
 from mad_efla.config import ConfigError
 from mad_efla.execution import pool, search
 from mad_efla.execution.costs import Costs
 from mad_efla.runs.folder import RunFolder, finished, given_up
+from mad_efla.runs.read import of_runs
 from mad_efla.runs.schema import Row, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps
 from mad_efla.training.loop import Interrupted
@@ -136,7 +137,7 @@ def test_exploring_runs_have_no_score(tmp_path, learns):
     runs = explore(tmp_path, search__trials=2)
     results = finished(tmp_path / "runs", [r.fingerprint for r in runs])
     assert len(results) == 4
-    assert leaderboard.leaderboards(runs, results) == []
+    assert leaderboards([of_runs(runs, results)]) == []
 
 
 def test_a_sweep_that_searches_prints_its_best_and_goes_on_in_workers(files):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from mad_efla.analysis import scores
+from mad_efla.analysis.cells import cells
 from mad_efla.plan import expand
 from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.read import of_runs
 from mad_efla.training import loop, model
 from tests.tiny import PLAN, TASK, tiny
 
@@ -32,7 +33,7 @@ def test_a_list_in_a_plan_trains_and_is_one_row_of_the_table(tmp_path):
     assert hybrid.status == "finished"
     ran = {pair.split(":")[0] for pair in hybrid.environment["backends"].split()}
     assert ran == {"delta_rule", "short_conv"}
-    lines = {line.mixer: line for line in scores.table(found.runs, results)}
+    lines = {line.mixer: line for line in cells(of_runs(found.runs, results))}
     assert lines.keys() == {LABEL, "deltanet(heads=2)"}
     assert lines[LABEL].state_size == hybrid.state_size == found.sizes[found.runs[0].fingerprint][1]
 

@@ -7,16 +7,17 @@ import pytest
 from matplotlib.figure import Figure
 
 from mad_efla import config
-from mad_efla.analysis import leaderboard, scores
-from mad_efla.analysis.scores import Interval
+from mad_efla.analysis.leaderboard import leaderboard
+from mad_efla.analysis.statistics import Interval
 from mad_efla.config import ConfigError
 from mad_efla.reporting import figures, report
 from mad_efla.reporting.figures import spectra, sweeps
-from mad_efla.runs.folder import RunFolder, finished
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.read import load
 from mad_efla.runs.schema import Row, SweepRecord
 from mad_efla.runs.sweeps import write_sweep
 from tests import browser
-from tests.analysis.test_scores import done
+from tests.analysis.test_cells import done
 from tests.cli.test_cli import SWEEP, call
 from tests.runs.test_folder import result
 from tests.tiny import tiny
@@ -121,15 +122,15 @@ class Page(HTMLParser):
 def test_the_numbers_are_those_of_the_scores(tmp_path):
     runs = grid()
     text = "\n".join(Page(page(made(tmp_path, runs))).words)
-    found = finished(tmp_path, [r.fingerprint for r in runs])
-    (board,) = leaderboard.leaderboards(runs, found)
-    intervals = [t.accuracy for t in board.tasks]
-    intervals += [line.accuracy for line in scores.table(runs, found)]
+    (group,) = load(tmp_path)
+    board = leaderboard(group)
+    intervals = [t.accuracy for t in board.tasks] + [cell.accuracy for cell in board.cells]
     for mean, low, high in intervals:
         assert re.search(rf"\b{100 * mean:.1f}\s+\[{100 * low:.1f}, {100 * high:.1f}\]", text), mean
-    (pair,) = board.differences
+    (pair,) = board.pairs
     assert "efla - deltanet" in text  # the higher one first
-    assert f"[{-100 * pair.mean.high:.1f}, {-100 * pair.mean.low:.1f}]" in text
+    mean = pair.difference.mean
+    assert f"[{100 * mean.low:.1f}, {100 * mean.high:.1f}]" in text
     assert f"{pair.p_corrected:.3g}" in text
 
 

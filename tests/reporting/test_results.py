@@ -2,23 +2,25 @@
 
 import pytest
 
-from mad_efla.analysis import leaderboard, scores
+from mad_efla.analysis.leaderboard import leaderboard
 from mad_efla.config import ConfigError
-from mad_efla.reporting import results
+from mad_efla.reporting import results, table
+from mad_efla.runs.read import load
 from tests.cli.test_cli import SWEEP, call, folders
 
 
 def test_every_figure_comes_from_the_run_files(files):
     call(*SWEEP)
     text = call("results").stdout
-    runs, found = leaderboard.read(files / "runs")
-    for line in scores.table(runs, found):
-        assert f"{100 * line.accuracy.mean:.1f}" in text
-    (board,) = leaderboard.leaderboards(runs, found)
+    (group,) = load(files / "runs")
+    board = leaderboard(group)
+    for cell in board.cells:
+        assert f"| {table.text(cell.accuracy, 'share')} |" in text.replace("**", "")
     assert f"[{100 * board.tasks[0].accuracy.low:.1f}, " in text
-    environment = next(iter(found.values())).environment
+    environment = next(iter(group.results.values())).environment
     for word in (
-        "4 of 4 done, 0 diverged; seeds 0, 1",
+        "4 of 4 done, 0 diverged",
+        "| seeds | 0, 1 |",
         environment["torch"],
         "## plan",
         "### recall",
@@ -33,18 +35,48 @@ def test_equal_files_give_equal_bytes(files):
         assert call("score", form).stdout == call("score", form).stdout
 
 
-def test_a_page_keeps_the_sections_of_other_plans_and_replaces_its_own(files):
+NOTES = """# My notes
+
+A word before.
+
+## What I did
+
+- this
+
+## plan
+
+old
+
+### under it
+
+older
+
+## What follows
+
+```
+## plan
+```
+
+the end"""
+
+
+def test_a_page_keeps_every_byte_outside_its_own_sections(files):
     call(*SWEEP)
-    (files / "R.md").write_text(
-        results.page({"before": "## before\n\nkept", "plan": "## plan\n\nold"})
-    )
+    (files / "R.md").write_text(NOTES, encoding="utf-8")
     for _ in range(2):
         call("results", "--into", "R.md")
-        text = (files / "R.md").read_text()
-        assert text.count("## plan\n") == text.count("## before\n") == 1
-        assert "kept" in text
-        assert "old" not in text
+        text = (files / "R.md").read_text(encoding="utf-8")
+        before, after = NOTES.split("## plan\n\nold\n\n### under it\n\nolder\n\n")
+        assert text.startswith(before + "## plan\n")
+        assert text.endswith("\n" + after)
+        assert "old" not in text.replace("folder", "")
     assert text == results.page(results.sections(files / "runs"), text)
+
+
+def test_a_plan_that_a_page_lacks_is_put_at_its_end(files):
+    call(*SWEEP)
+    page = results.page(results.sections(files / "runs"), "# Mine\n\nwords")
+    assert page.startswith("# Mine\n\nwords\n\n## plan\n")
 
 
 def test_what_is_missing_is_said(files):
@@ -54,7 +86,7 @@ def test_what_is_missing_is_said(files):
     text = call("results").stdout
     assert "2 of 4 done" in text
     assert "missing" in text
-    assert "(incomplete)" in text
+    assert "not ranked" in text
 
 
 def test_a_reading_stands_under_its_plan_s_heading_only_when_it_is_asked_for(files):

@@ -15,11 +15,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from mad_efla import spectrum
-from mad_efla.analysis import scores
-from mad_efla.analysis.scores import Line
+from mad_efla.analysis.cells import Cell, cells
 from mad_efla.reporting.figures import spectra, style, sweeps
 from mad_efla.runs.files import write_bytes, write_json
-from mad_efla.runs.folder import RunFolder, finished
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.read import of_record
 from mad_efla.runs.schema import SweepRecord
 from mad_efla.runs.sweeps import sweep_figures
 from mad_efla.spectrum import Diagnosis
@@ -34,15 +34,15 @@ def of_sweep(out: Path, record: SweepRecord) -> list[Path]:
     Returns:
         What was written.
     """
-    results = finished(out, list(record.fingerprints))
-    runs = [RunFolder(out, f).run() for f in record.fingerprints if f in results]
-    lines = [line for line in scores.table(runs, results) if line.accuracy]
+    group = of_record(record, out)
+    found = cells(group)
+    lines = [cell for cell in found if cell.accuracy]
     if not lines:
         return []
     to = sweep_figures(out, record.id) / "leaderboard.png"
     written = [_write(to, _leaderboard(lines))]
-    for run in scores.best_runs(runs, results).values():
-        folder = RunFolder(out, run.fingerprint)
+    for run in filter(None, (cell.best_run for cell in found)):
+        folder = group.folders[run.fingerprint]
         looked = (folder.figures / "spectrum.json").exists()
         if not looked and (folder.path / "model.pt").exists():
             written += of_run(folder)
@@ -74,7 +74,7 @@ def of_run(folder: RunFolder, found: Diagnosis | None = None) -> list[Path]:
     return [*written, table]
 
 
-def _leaderboard(lines: list[Line]) -> Figure:
+def _leaderboard(lines: list[Cell]) -> Figure:
     """Draw mixers by settings, the mixer with the highest mean first."""
     own: dict[str, list[float]] = {}
     for line in lines:

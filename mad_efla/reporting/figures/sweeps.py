@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from mad_efla.analysis.scores import Interval
+from mad_efla.analysis.statistics import Interval
 from mad_efla.reporting import figures
 
 _PANEL = (2.1, 1.75)  # least width, and height, of a panel in inches

@@ -1,0 +1,141 @@
+"""A renderer per format: terminal, Markdown, HTML, LaTeX, CSV. Equal tables give equal text."""
+
+import csv
+import io
+import re
+
+import rich.table
+from markupsafe import Markup, escape
+from rich.text import Text
+
+from mad_efla.analysis.statistics import Interval
+from mad_efla.reporting.table import Table, text
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+}  # fmt: skip
+
+
+def cells(table: Table) -> list[list[str]]:
+    """Write every value of a table."""
+    return [
+        [text(value, column.form) for value, column in zip(row, table.columns, strict=True)]
+        for row in table.rows
+    ]
+
+
+def terminal(table: Table) -> rich.table.Table:
+    """Lay a table out for a terminal."""
+    note = table.note or None
+    drawn = rich.table.Table(
+        title=table.title or None, title_justify="left", title_style="bold", caption=note,
+        caption_justify="left",
+    )  # fmt: skip
+    for i, column in enumerate(table.columns):
+        left = column.form == "text"
+        name = i < 2 and left
+        drawn.add_column(column.name, justify="left" if left else "right", no_wrap=name or not left)
+    before = None
+    for y, row in enumerate(cells(table)):
+        first, row = row[0], list(row)
+        if table.grouped and y and first != before:
+            drawn.add_section()
+        if table.grouped and first == before:
+            row[0] = ""
+        before = first
+        bold = [("bold" if (y, x) in table.best else "") for x in range(len(row))]
+        drawn.add_row(*(Text(word, style) for word, style in zip(row, bold, strict=True)))
+    return drawn
+
+
+def markdown(table: Table) -> str:
+    """Write a table as Markdown; its title is a line of its own."""
+    lines = [[column.name for column in table.columns], ["---"] * len(table.columns)]
+    for y, row in enumerate(cells(table)):
+        lines.append([f"**{w}**" if (y, x) in table.best else w for x, w in enumerate(row)])
+    body = "\n".join(
+        "| " + " | ".join(w.replace("|", r"\|") for w in line) + " |" for line in lines
+    )
+    if table.folded:
+        return f"<details><summary>{table.title}</summary>\n\n{body}\n\n</details>"
+    return "\n\n".join(filter(None, [table.title, body, table.note]))
+
+
+def html(table: Table) -> Markup:
+    """Write a table as an element of a page; an interval stands under its number."""
+    parts = ["<table>" if any(c.name for c in table.columns) else '<table class="facts">']
+    if any(column.name for column in table.columns):
+        heads = "".join(f'<th scope="col">{escape(c.name)}</th>' for c in table.columns)
+        parts.append(f"<thead><tr>{heads}</tr></thead>")
+    parts.append("<tbody>")
+    for y, row in enumerate(cells(table)):
+        words = [_html(word, bold=(y, x) in table.best) for x, word in enumerate(row)]
+        rest = "".join(f"<td>{word}</td>" for word in words[1:])
+        parts.append(f'<tr><th scope="row">{words[0]}</th>{rest}</tr>')
+    return Markup("\n".join([*parts, "</tbody>", "</table>"]))
+
+
+def _html(word: str, *, bold: bool) -> Markup:
+    number, bracket, rest = word.partition(" [")
+    shown = escape(number if bracket and rest.endswith("]") else word)
+    shown = Markup("<br>").join(shown.split("\n"))
+    if bold:
+        shown = Markup("<b>{}</b>").format(shown)
+    if bracket and rest.endswith("]"):
+        shown += Markup(" <small>[{}</small>").format(rest)
+    return shown
+
+
+def latex(table: Table) -> str:
+    """Write a booktabs table; title and note are comments."""
+    forms = "".join("l" if column.form == "text" else "c" for column in table.columns)
+    lines = [f"% {line}" for line in table.title.splitlines()]
+    lines += [rf"\begin{{tabular}}{{{forms}}}", r"\toprule"]
+    lines += [" & ".join(_escape(column.name) for column in table.columns) + r" \\", r"\midrule"]
+    for y, row in enumerate(cells(table)):
+        words = [_latex(word, bold=(y, x) in table.best) for x, word in enumerate(row)]
+        lines.append(" & ".join(words) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join([*lines, *(f"% {line}" for line in table.note.splitlines()), ""])
+
+
+def _latex(word: str, *, bold: bool) -> str:
+    found = re.fullmatch(r"(\S+) (\[.*\])", word)
+    number, interval = found.groups() if found else (word, "")
+    number = rf"\textbf{{{_escape(number)}}}" if bold else _escape(number)
+    return number + (rf" {{\scriptsize {_escape(interval)}}}" if interval else "")
+
+
+def _escape(word: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in word)
+
+
+def csv_rows(table: Table, *, heads: bool = True) -> str:
+    """Write raw values, an interval as three columns: itself, low, high.
+
+    Args:
+        table: What to write.
+        heads: Begin with a row of the columns' names.
+    """
+    wide = [
+        column.form in ("share", "points")
+        and any(isinstance(row[x], Interval) for row in table.rows)
+        for x, column in enumerate(table.columns)
+    ]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    if heads:
+        names = []
+        for column, three in zip(table.columns, wide, strict=True):
+            names += [column.name] + [f"{column.name} {end}" for end in ("low", "high")] * three
+        writer.writerow(names)
+    for row in table.rows:
+        words: list[object] = []
+        for value, three in zip(row, wide, strict=True):
+            if three:
+                words += list(value) if isinstance(value, Interval) else ["", "", ""]
+            else:
+                words.append("" if value is None else value)
+        writer.writerow(words)
+    return out.getvalue()

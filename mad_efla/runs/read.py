@@ -1,0 +1,139 @@
+"""The one reader of run folders: what can be read, and what cannot, with the reason.
+
+Runs are read by way of the sweeps that name them, since labels come from the sweep that is shown,
+and since a run whose folder is gone was planned all the same. Nothing is written or renamed.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from mad_efla.config import ConfigError
+from mad_efla.plan.run import RunConfig
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.schema import Planned, Result, SweepRecord, planned
+from mad_efla.runs.sweeps import read_sweeps
+
+
+class Unreadable(NamedTuple):
+    """A run that cannot be shown, and why."""
+
+    path: Path
+    reason: str
+
+
+class Group(NamedTuple):
+    """The runs of one plan under one protocol: what a table may show together.
+
+    Attributes:
+        plan: The plan's name; empty for runs that no sweep names.
+        protocol: The rules that its scores are taken by.
+        records: Its sweeps, oldest first.
+        planned: Its runs as their sweeps name them, each once.
+        runs: Configurations by fingerprint, of those that can be read.
+        results: Results by fingerprint, of those that are done.
+        folders: Run folders by fingerprint.
+        unreadable: Runs that cannot be shown.
+    """
+
+    plan: str
+    protocol: str
+    records: list[SweepRecord]
+    planned: list[Planned]
+    runs: dict[str, RunConfig]
+    results: dict[str, Result]
+    folders: dict[str, RunFolder]
+    unreadable: list[Unreadable]
+
+    @property
+    def about(self) -> str:
+        """The plan's own sentence."""
+        return next((r.about for r in reversed(self.records) if r.about), "")
+
+
+def load(*places: Path) -> list[Group]:
+    """Read every run that the sweeps in some folders are made of.
+
+    Args:
+        places: Folders of run folders. A run that lies in several counts once, as the first has it.
+
+    Returns:
+        A group for every plan and protocol, by name.
+
+    Raises:
+        ConfigError: There is no sweep.
+    """
+    records = [(record, out) for out in places for record in read_sweeps(out)]
+    if not records:
+        named = ", ".join(map(str, places))
+        raise ConfigError(
+            f"{named}: holds no sweep; run `mad-efla sweep` first, or name its folder"
+        )
+    found: dict[tuple[str, str], list[tuple[SweepRecord, Path]]] = {}
+    for record, out in records:
+        found.setdefault((record.plan, record.protocol), []).append((record, out))
+    return [_group(*key, found[key]) for key in sorted(found)]
+
+
+def of_record(record: SweepRecord, out: Path) -> Group:
+    """Read the runs of one sweep."""
+    return _group(record.plan, record.protocol, [(record, out)])
+
+
+def of_runs(
+    runs: Iterable[RunConfig], results: dict[str, Result], *, choosing: Iterable[RunConfig] = ()
+) -> Group:
+    """Group runs that are at hand, such as those of a test or of a notebook.
+
+    Args:
+        runs: Whose results count.
+        results: By fingerprint.
+        choosing: Runs that only choose the grid point.
+    """
+    runs, choosing = list(runs), list(choosing)
+    named = [planned(run) for run in runs] + [planned(run, chooses=True) for run in choosing]
+    every = {run.fingerprint: run for run in [*choosing, *runs]}
+    protocol = next(iter(every.values())).protocol if every else "custom"
+    once = {p.fingerprint: p for p in named}
+    return Group("", protocol, [], list(once.values()), every, results, {}, [])
+
+
+def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, Path]]) -> Group:
+    group = Group(plan, protocol, [record for record, _ in records], [], {}, {}, {}, [])
+    seen: dict[str, int] = {}
+    for record, out in records:
+        known = {p.fingerprint: p for p in record.planned}
+        for fingerprint in record.fingerprints:
+            if fingerprint not in group.folders or fingerprint not in group.runs:
+                _read(group, RunFolder(out, fingerprint), known.get(fingerprint))
+            entry = known.get(fingerprint)
+            if entry is None and fingerprint in group.runs:
+                entry = planned(group.runs[fingerprint])
+            if entry is None:
+                continue
+            if fingerprint not in seen:
+                seen[fingerprint] = len(group.planned)
+                group.planned.append(entry)
+            elif not entry.chooses:  # one sweep's choosing seed may be another's measured one
+                at = seen[fingerprint]
+                group.planned[at] = group.planned[at].model_copy(update={"chooses": False})
+    return group
+
+
+def _read(group: Group, folder: RunFolder, entry: Planned | None) -> None:
+    """Read one run into a group, or note why it cannot be read; a folder may be gone."""
+    group.folders[folder.fingerprint] = folder
+    if not folder.path.exists():
+        return
+    try:
+        run = folder.run()
+        result = folder.result()
+    except ConfigError as error:
+        group.unreadable.append(Unreadable(folder.path, str(error)))
+        return
+    if entry:
+        run = run.model_copy(update={"setting": entry.setting})
+    group.runs[folder.fingerprint] = run
+    if result:
+        group.results[folder.fingerprint] = result
+    group.unreadable.extend(Unreadable(folder.path, note) for note in folder.notes)
