@@ -1,0 +1,279 @@
+"""Run folders: what a run leaves on disk, written so that a kill at any moment loses nothing.
+
+    runs/<fingerprint>/
+      config.json      the run, complete
+      metrics.jsonl    one line per logged step, appended
+      checkpoint.pt    where to go on: SHA-256, then a torch file; the one before it beside it
+      model.pt         the scored weights
+      result.json      written last: a run with a result is done
+      failure.json     why the last attempt ended without one
+      claim.N          who makes or made it, the highest number last
+      figures/         what was drawn of it
+
+Whole files are replaced atomically. What turns out broken is set aside under a name of its own and
+reported, never deleted. One process at a time holds a run, by a claim (`claims.py`): whoever lost
+its claim while it slept writes nothing more.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+
+from mad_efla.config import ConfigError, Document
+from mad_efla.plan.run import RunConfig, build
+from mad_efla.runs import claims
+from mad_efla.runs.files import now, read_json, write_bytes, write_json
+from mad_efla.runs.schema import Failure, Result, Row, Status
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        out: The folder that holds all runs.
+        fingerprint: Which run.
+
+    Attributes:
+        notes: Sentences for the user about what was found broken and set aside.
+    """
+
+    def __init__(self, out: Path, fingerprint: str):
+        self.fingerprint = fingerprint
+        self.path = out / fingerprint
+        self.notes: list[str] = []
+        self._claim: claims.Claim | None = None
+
+    @property
+    def figures(self) -> Path:
+        """Where figures of the run are, if any were drawn."""
+        return self.path / "figures"
+
+    def create(self, run: RunConfig) -> None:
+        """Make the folder and write the configuration into it, if it is not there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        config = self.path / "config.json"
+        if not config.exists():
+            write_json(config, run.model_dump(mode="json"))
+
+    def run(self) -> RunConfig:
+        """Read the configuration back.
+
+        Raises:
+            ConfigError: It is missing, broken, or not the one the folder is named after.
+        """
+        path = self.path / "config.json"
+        data = read_json(path)
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: cannot be read; run its sweep again to restore it")
+        numbers = data.pop("numbers", None)
+        data.pop("task_version", None)
+        run = build(Document(data, {(): str(path)}, str(path)))
+        if run.fingerprint != self.fingerprint:
+            raise ConfigError(
+                f"{path}: describes run {run.fingerprint}, not {self.fingerprint}; written by "
+                f"another version (numbers={numbers}); move the folder away"
+            )
+        return run
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[bool]:
+        """Hold the run while inside; yields False if another process holds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim = claims.take(self.path)
+        try:
+            yield self._claim is not None
+        finally:
+            if self._claim:
+                self._claim.release()
+                self._claim = None
+
+    def check_claim(self) -> None:
+        """Raise `claims.Fenced` if the run was taken over from this process."""
+        if self._claim:
+            self._claim.check()
+
+    def status(self) -> Status:
+        """Say how the run stands, from its files and its lock."""
+        result = self.result()
+        if result:
+            return result.status
+        if not self.path.exists():
+            return "waiting"
+        if claims.is_held(self.path):
+            return "running"
+        failure = self.failure()
+        if failure:
+            return failure.kind
+        return "interrupted" if (self.path / "metrics.jsonl").exists() else "waiting"
+
+    # -------------------------------------------------------------- results
+
+    def result(self) -> Result | None:
+        """Read the result; a broken one is set aside and the run counts as not done."""
+        return self._read("result.json", Result)
+
+    def failure(self) -> Failure | None:
+        """Read why the last attempt ended without a result."""
+        return self._read("failure.json", Failure)
+
+    def begin(self) -> None:
+        """Forget how the last attempt ended; a new one starts."""
+        self.check_claim()
+        (self.path / "failure.json").unlink(missing_ok=True)
+        for left in self.path.glob(".*.partial"):  # by a process that was killed
+            left.unlink(missing_ok=True)
+
+    def finish(self, result: Result) -> None:
+        """Write the result; from here on the run is done."""
+        self.check_claim()
+        write_json(self.path / "result.json", result.model_dump(mode="json"))
+        for name in ("failure.json", "checkpoint.pt", "checkpoint.previous.pt"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def fail(
+        self,
+        kind: Literal["failed", "interrupted", "pruned"],
+        reason: str,
+        traceback: str,
+        *,
+        transient: bool = False,
+    ) -> None:
+        """Write why this attempt ended."""
+        self.check_claim()
+        failure = Failure(
+            kind=kind, reason=reason, traceback=traceback, time=now(), transient=transient
+        )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "failure.json", failure.model_dump(mode="json"))
+
+    def _read(self, name: str, model: Any) -> Any:
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            found = model.model_validate_json(path.read_bytes())
+            if getattr(found, "fingerprint", self.fingerprint) == self.fingerprint:
+                return found
+        except (ValidationError, ValueError):
+            pass
+        self._set_aside(path, "cannot be read; the run is made again")
+        return None
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        aside = next(
+            p
+            for i in range(1, 10_000)
+            if not (p := path.with_name(f"{path.name}.broken-{i}")).exists()
+        )
+        path.rename(aside)
+        self.notes.append(f"{path}: {why}; set aside as {aside.name}")
+
+    # -------------------------------------------------------------- metrics
+
+    def append(self, rows: list[Row]) -> None:
+        """Append logged steps."""
+        self.check_claim()
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(row._asdict(), separators=(",", ":")) + "\n" for row in rows)
+
+    def rows(self, offset: int = 0) -> tuple[list[Row], int]:
+        """Read the complete lines from a byte offset.
+
+        Returns:
+            The rows, and the offset behind them.
+        """
+        try:
+            with (self.path / "metrics.jsonl").open("rb") as file:
+                file.seek(offset)
+                raw = file.read()
+        except FileNotFoundError:
+            return [], 0
+        whole = raw[: raw.rfind(b"\n") + 1]
+        rows = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # a torn line is cut off on resume
+                rows.append(Row(**json.loads(line)))
+        return rows, offset + len(whole)
+
+    # -------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write where to go on, keeping the previous checkpoint until this one is safe."""
+        self.check_claim()
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            with metrics.open("a") as file:
+                os.fsync(file.fileno())
+        length = metrics.stat().st_size if metrics.exists() else 0
+        buffer = io.BytesIO()
+        torch.save(state | {"metrics_bytes": length}, buffer)
+        raw = buffer.getvalue()
+        current = self.path / "checkpoint.pt"
+        if current.exists():
+            os.replace(current, self.path / "checkpoint.previous.pt")
+        write_bytes(current, hashlib.sha256(raw).digest() + raw)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Read the newest checkpoint that is whole, and cut the metrics back to it."""
+        raw = self.whole_checkpoint()
+        state = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu") if raw else None
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            with metrics.open("r+b") as file:
+                file.truncate(state["metrics_bytes"] if state else 0)
+        return state
+
+    def whole_checkpoint(self) -> bytes | None:
+        """Read the newest checkpoint whose checksum is right; set broken ones aside."""
+        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+            path = self.path / name
+            if path.exists():
+                raw = path.read_bytes()
+                if hashlib.sha256(raw[32:]).digest() == raw[:32]:
+                    return raw[32:]
+                self._set_aside(path, "is broken; the run goes on from before it")
+        return None
+
+    def save_model(self, weights: dict[str, torch.Tensor]) -> None:
+        """Write the scored weights."""
+        self.check_claim()
+        buffer = io.BytesIO()
+        torch.save(weights, buffer)
+        write_bytes(self.path / "model.pt", buffer.getvalue())
+
+    def load_model(self) -> dict[str, torch.Tensor]:
+        """Read the scored weights."""
+        return torch.load(self.path / "model.pt", weights_only=True, map_location="cpu")
+
+
+def finished(out: Path, fingerprints: list[str]) -> dict[str, Result]:
+    """Read the results there are, by fingerprint."""
+    found = {f: RunFolder(out, f).result() for f in fingerprints}
+    return {f: result for f, result in found.items() if result}
+
+
+def given_up(out: Path, runs: Iterable[RunConfig]) -> set[str]:
+    """Name the runs that failed by an error of their own, and would again, or were pruned."""
+    found = {r.fingerprint: RunFolder(out, r.fingerprint).failure() for r in runs}
+    return {f for f, x in found.items() if x and x.kind != "interrupted" and not x.transient}
+
+
+def mend(out: Path, fingerprints: list[str]) -> list[str]:
+    """Set aside what is broken in the folders of runs; return what was found, for the user."""
+    notes = []
+    for fingerprint in fingerprints:
+        folder = RunFolder(out, fingerprint)
+        if folder.path.exists() and folder.result() is None:
+            with folder.lock() as free:
+                if free:
+                    folder.whole_checkpoint()
+        notes += folder.notes
+    return notes

@@ -1,0 +1,131 @@
+"""What runs leave on disk, as values: scores, results, failures, logged steps, sweep records."""
+
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from mad_efla.config import Section
+
+Status = Literal["waiting", "running", "interrupted", "failed", "pruned", "diverged", "finished"]
+
+
+class Scores(Section):
+    """Metrics of one split; accuracies in [0, 1], loss in nats per scored token."""
+
+    loss: float
+    token_accuracy: float
+    macro_accuracy: float
+
+
+class ProbeScore(Section):
+    """What became of one further test set, see `tasks.Probe`.
+
+    Attributes:
+        name: What was done to the test split.
+        severity: How much of it.
+        accuracy: Token accuracy, in [0, 1]; an answer that is not finite is wrong.
+        finite: Share of scored positions with finite logits, in [0, 1].
+    """
+
+    name: str
+    severity: float
+    accuracy: float
+    finite: float
+
+
+class Result(Section):
+    """How a run ended.
+
+    Attributes:
+        status: `diverged` when the loss stopped being finite; its scores are then None.
+        test: Scores of the chosen weights on the test split.
+        validation: Their scores on the validation split.
+        chosen_step: The step whose weights were scored.
+        steps: Optimiser steps made.
+        stopped: Why the run ended before its budget, if it did: divergence, or a solved task.
+        steps_to_90: First evaluated step with validation token accuracy of at least 0.9.
+        ceiling: Share of scored test positions that can be answered at all, in [0, 1].
+        parameters: Trained numbers.
+        state_size: Numbers carried between tokens at the task's length, all layers.
+        seconds: Wall time spent training and evaluating, all attempts.
+        train_seconds: The part of it inside training steps.
+        spent: Parts of the rest: data, model, evaluation, spectrum, logging, checkpoint.
+        data_digest: Hash of the generated data.
+        probes: How the chosen weights do on what the task tests beside its test split.
+        environment: Backends, device, threads, library versions, git commit.
+        started: Milliseconds since the epoch.
+        ended: Milliseconds since the epoch.
+    """
+
+    fingerprint: str
+    status: Literal["finished", "diverged"]
+    test: Scores | None
+    validation: Scores | None
+    chosen_step: int | None
+    steps: int
+    stopped: str | None
+    steps_to_90: int | None
+    ceiling: float = 1.0
+    parameters: int
+    state_size: int
+    seconds: float
+    train_seconds: float
+    spent: dict[str, float] = Field(default_factory=dict)
+    data_digest: str
+    probes: tuple[ProbeScore, ...] = ()
+    environment: dict[str, str]
+    started: int
+    ended: int
+
+
+class Failure(Section):
+    """Why an attempt ended without a result.
+
+    Attributes:
+        kind: Whether it failed, was stopped, or was ended early by a search.
+        reason: In a line.
+        traceback: Of the error; empty where there was none.
+        time: Milliseconds since the epoch.
+        transient: Whether the cause lies outside of the run: memory, disk, a killed worker.
+    """
+
+    kind: Literal["failed", "interrupted", "pruned"]
+    reason: str
+    traceback: str
+    time: int
+    transient: bool = False
+
+
+class Row(NamedTuple):
+    """One logged step: metrics by name, and when (milliseconds since the epoch)."""
+
+    step: int
+    time: int
+    metrics: dict[str, float]
+
+
+# ------------------------------------------------------------------ sweeps
+
+
+class SweepRecord(Section):
+    """Which runs a sweep is made of.
+
+    Attributes:
+        id: Hash of what defines it.
+        task: The task's name: the MLflow experiment.
+        plan: The plan's name.
+        protocol: The protocol of its runs.
+        command: What the user typed.
+        fingerprints: Its runs, in the order of the plan.
+        started: Milliseconds since the epoch, of the first call.
+        ended: Of the last call's end; None while it runs or after a kill.
+    """
+
+    id: str
+    task: str
+    plan: str
+    protocol: str
+    command: str
+    fingerprints: tuple[str, ...]
+    started: int
+    ended: int | None
