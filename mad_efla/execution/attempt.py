@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mad_efla import spectrum
 from mad_efla.plan.run import Limits
 from mad_efla.runs.claims import Fenced
 from mad_efla.runs.folder import RunFolder
@@ -102,6 +103,7 @@ def _make(
         train(
             folder.run(), folder, device=device, environment=about,
             stop=lambda: stop() or bool(meter.passed() or verdict()),
+            look=spectrum.training_scalars,
         )  # fmt: skip
     except Interrupted as error:
         if reason := verdict():

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mad_efla import spectrum
 from mad_efla.plan.run import OptimConfig, RunConfig
 from mad_efla.runs.files import now
 from mad_efla.runs.folder import RunFolder
@@ -25,8 +24,11 @@ from mad_efla.training.metrics import Tally
 
 LOG_EVERY = 10  # steps between logged training losses
 CHECKPOINT_SECONDS = 60.0
-GLANCES = 16  # at the mixers' memory in a run, at most; each costs a tenth of an evaluation
-_GLANCED = 2  # sequences of the validation split
+SPECTRUM_LOGS = 16  # at most, in a run; each costs a tenth of an evaluation
+_LOOKED_AT = 2  # sequences of the validation split
+
+Look = Callable[[model.Backbone, Tensor], dict[str, float]]
+"""Takes scalars of what the mixers of a model do with their memory on some inputs."""
 
 
 class Interrupted(Exception):
@@ -48,6 +50,7 @@ def train(
     device: str = "cpu",
     environment: dict[str, str] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    look: Look | None = None,
 ) -> Result:
     """Train a run to its end, or go on with it.
 
@@ -57,6 +60,7 @@ def train(
         device: `cpu` or `cuda`.
         environment: Recorded with the result.
         stop: Asked after every step; when true, a checkpoint is written and the run interrupted.
+        look: Taken of the model now and then, and logged.
 
     Returns:
         The result, already written.
@@ -66,7 +70,7 @@ def train(
     """
     if device == "cuda":
         devices.take()
-    loop = Loop(run, folder, torch.device(device))
+    loop = Loop(run, folder, torch.device(device), look)
     status, stopped = "finished", None
     try:
         stopped = loop.steps(stop)
@@ -126,9 +130,12 @@ class Loop:
         run: What to train.
         folder: Where it writes, and goes on from if it holds a checkpoint.
         device: Where data and model live.
+        look: Taken of the model now and then, and logged.
     """
 
-    def __init__(self, run: RunConfig, folder: RunFolder, device: torch.device):
+    def __init__(
+        self, run: RunConfig, folder: RunFolder, device: torch.device, look: Look | None = None
+    ):
         self._begun = self._saved = time.perf_counter()
         self.run, self.folder, self.device = run, folder, device
         self.data = data_cache.load(
@@ -159,7 +166,7 @@ class Loop:
         self.chosen: dict[str, Tensor] | None = None  # None: the last weights are
         self.scored: dict[str, Scores] = {}  # what is known of them, by split
         self.stopped: str | None = None
-        self.glancing = True  # until it fails
+        self.look = look  # until it fails
         self._order: tuple[int, Tensor] | None = None
         self._restore()
 
@@ -250,8 +257,8 @@ class Loop:
         self._log({f"val/{name}": value for name, value in validation.model_dump().items()})
         if self.steps_to_90 is None and validation.token_accuracy >= 0.9:
             self.steps_to_90 = self.step
-        if self._glance_due():
-            self._glance()
+        if self._look_due():
+            self._look()
         seen = {"validation": validation}
         if train.select_split == "none":
             self.scored = seen
@@ -273,20 +280,20 @@ class Loop:
                 f"reached {train.stop_at} at step {self.step}"
             )
 
-    def _glance_due(self) -> bool:
-        """Spread the glances evenly over the evaluations; the last one has one."""
-        every = self.run.eval_every * -(-self.run.steps // self.run.eval_every // GLANCES)
-        return self.glancing and (self.step % every == 0 or self.step == self.run.steps)
+    def _look_due(self) -> bool:
+        """Spread the looks evenly over the evaluations; the last one has one."""
+        every = self.run.eval_every * -(-self.run.steps // self.run.eval_every // SPECTRUM_LOGS)
+        return self.look is not None and (self.step % every == 0 or self.step == self.run.steps)
 
-    def _glance(self) -> None:
+    def _look(self) -> None:
         """Log what the mixers do with their memory; a mixer that cannot tell stops no run."""
         begun = time.perf_counter()
-        inputs = self.splits["validation"][0][:_GLANCED]
+        inputs = self.splits["validation"][0][:_LOOKED_AT]
         try:
             with self._autocast():
-                found = spectrum.glance(self.model, inputs)
+                found = self.look(self.model, inputs) if self.look else {}
         except Exception as error:
-            self.glancing = False
+            self.look = None
             warnings.warn(f"no spectrum from step {self.step} on: {error!r}", stacklevel=1)
             return
         self._spend("spectrum", begun)
