@@ -1,14 +1,16 @@
 """The training loop: one run, from its configuration to its result.
 
-Every random number comes from the run's seed: the data, the initial weights, the order of examples.
+Every random number comes from the run's seed: the data, the initial weights, the order of examples,
+and what layers draw while they train. Scores are taken in evaluation mode.
 A run that is stopped writes where it stands and goes on from there; on a CPU, with the same number
 of threads, it then ends with the same weights, bit for bit.
 """
 
+import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from mad_efla.runs.files import now
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.schema import ProbeScore, Result, Row, Scores
 from mad_efla.tasks import IGNORE
-from mad_efla.training import data, data_cache, devices, model, step
+from mad_efla.training import data, data_cache, devices, model, randomness, step
 from mad_efla.training.metrics import Tally
 
 LOG_EVERY = 10  # steps between logged training losses
@@ -70,6 +72,14 @@ def train(
     """
     if device == "cuda":
         devices.take()
+    with randomness.lent():
+        return _train(run, folder, device, environment, stop, look)
+
+
+def _train(
+    run: RunConfig, folder: RunFolder, device: str, environment: dict[str, str] | None,
+    stop: Callable[[], bool], look: Look | None,
+) -> Result:  # fmt: skip
     loop = Loop(run, folder, torch.device(device), look)
     status, stopped = "finished", None
     try:
@@ -138,6 +148,7 @@ class Loop:
     ):
         self._begun = self._saved = time.perf_counter()
         self.run, self.folder, self.device = run, folder, device
+        randomness.seed(run.seed)
         self.data = data_cache.load(
             folder.path.parent / data_cache.FOLDER, run.task, run.seed, run.data
         )
@@ -167,6 +178,7 @@ class Loop:
         self.scored: dict[str, Scores] = {}  # what is known of them, by split
         self.stopped: str | None = None
         self.look = look  # until it fails
+        randomness.seed(run.seed)  # again: data that was there already drew nothing
         self._order: tuple[int, Tensor] | None = None
         self._restore()
 
@@ -290,7 +302,7 @@ class Loop:
         begun = time.perf_counter()
         inputs = self.splits["validation"][0][:_LOOKED_AT]
         try:
-            with self._autocast():
+            with self._apart(), self._autocast():
                 found = self.look(self.model, inputs) if self.look else {}
         except Exception as error:
             self.look = None
@@ -310,14 +322,25 @@ class Loop:
     def _tally(self, inputs: Tensor, targets: Tensor) -> Tally:
         begun = time.perf_counter()
         tally = Tally(self.run.task.vocabulary, self.device)
-        for start in range(0, len(inputs), self.run.train.batch_size):
-            rows = slice(start, start + self.run.train.batch_size)
-            scored = targets[rows] != IGNORE
-            with self._autocast():
-                logits = self.model(inputs[rows], scored)
-            tally.add(logits, targets[rows][scored].long())
+        with self._apart():
+            for start in range(0, len(inputs), self.run.train.batch_size):
+                rows = slice(start, start + self.run.train.batch_size)
+                scored = targets[rows] != IGNORE
+                with self._autocast():
+                    logits = self.model(inputs[rows], scored)
+                tally.add(logits, targets[rows][scored].long())
         self._spend("evaluation", begun)
         return tally
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Look at the model in evaluation mode, and leave no trace in the training that goes on."""
+        with randomness.untouched():
+            self.model.eval()
+            try:
+                yield
+            finally:
+                self.model.train()
 
     def _autocast(self) -> torch.autocast:
         half = self.run.train.precision == "bfloat16"
@@ -345,7 +368,7 @@ class Loop:
             {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "random": torch.get_rng_state(),
+                "random": randomness.state(),
                 "chosen": self.chosen,
                 "chosen_key": list(self.chosen_key),
                 "scored": {split: scores.model_dump() for split, scores in self.scored.items()},
@@ -365,7 +388,8 @@ class Loop:
             return
         self.model.load_state_dict(state["model"])
         self.stepper.load(state["optimizer"])
-        torch.set_rng_state(state["random"])
+        if isinstance(state["random"], dict):  # of earlier versions: torch's alone
+            randomness.restore(state["random"])
         self.chosen = state["chosen"]
         self.chosen_key = tuple(state["chosen_key"])
         self.scored = {split: Scores(**scores) for split, scores in state.get("scored", {}).items()}
