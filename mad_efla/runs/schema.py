@@ -15,6 +15,7 @@ class Scores(Section):
     loss: float
     token_accuracy: float
     macro_accuracy: float
+    sequence_accuracy: float | None = None  # all answers of a sequence right; older files lack it
 
 
 class ProbeScore(Section):

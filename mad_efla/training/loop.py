@@ -249,7 +249,7 @@ class Loop:
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 raise Diverged(first + offset + 1)
-        tokens = len(values) * self.run.train.batch_size * self.run.task.input_length
+        tokens = self._rows(first) * self.run.task.input_length
         self._log(
             {
                 "train/loss": sum(values) / len(values),
@@ -257,6 +257,12 @@ class Loop:
                 "train/tokens_per_second": tokens / elapsed,
             }
         )
+
+    def _rows(self, first: int) -> int:
+        """Count the sequences of the steps from `first` on; an epoch's last batch may be short."""
+        size, examples = self.run.train.batch_size, self.run.data.train_examples
+        batches = (step % self.run.steps_per_epoch for step in range(first, self.step))
+        return sum(min(size, examples - batch * size) for batch in batches)
 
     # ----------------------------------------------------------- evaluation
 
@@ -328,7 +334,7 @@ class Loop:
                 scored = targets[rows] != IGNORE
                 with self._autocast():
                     logits = self.model(inputs[rows], scored)
-                tally.add(logits, targets[rows][scored].long())
+                tally.add(logits, targets[rows][scored].long(), scored.nonzero()[:, 0])
         self._spend("evaluation", begun)
         return tally
 

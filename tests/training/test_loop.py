@@ -46,7 +46,7 @@ def test_a_tiny_run_learns_and_writes_everything(tmp_path):
     names = {name for row in folder.rows()[0] for name in row.metrics}
     assert names == {
         "train/loss", "train/learning_rate", "train/tokens_per_second",
-        "val/loss", "val/token_accuracy", "val/macro_accuracy",
+        "val/loss", "val/token_accuracy", "val/macro_accuracy", "val/sequence_accuracy",
         "spectrum/eigenvalue_mean", "spectrum/eigenvalue_min", "spectrum/eigenvalue_max",
         "spectrum/saturated", "spectrum/beyond_euler", "spectrum/horizon_p50",
         "spectrum/horizon_beyond", "spectrum/state_effective_rank", "spectrum/state_capacity_used",
@@ -220,3 +220,10 @@ def test_the_rate_that_is_logged_is_the_rate_that_ran(tmp_path):
         r.metrics["train/learning_rate"] for r in folder.rows()[0] if "train/loss" in r.metrics
     ]
     assert logged == [seen[9], seen[19], seen[29]]
+
+
+def test_tokens_per_second_counts_a_short_last_batch_as_what_it_is(tmp_path):
+    run = tiny(data__train_examples=40)  # batches of 16, 16 and 8
+    found = Loop(run, folder_of(run, tmp_path), torch.device("cpu"))
+    found.step = 6
+    assert (found._rows(0), found._rows(5), found._rows(3)) == (80, 8, 40)
