@@ -41,9 +41,11 @@ def bench_step(
     from mad_efla.execution import machine
     from mad_efla.plan import expand
     from mad_efla.reporting import terminal
+    from mad_efla.training import fits
 
     device = machine.resolve_device(device)
     found = expand.expand(task, plan, assignments, machine.resolve_precision(device))
+    fits.check(found)
     shapes = {(r.setting, r.mixer): r for r in reversed(found.runs)}
     times = steps(list(reversed(shapes.values())), device, rounds)
     terminal.stdout().print(step_times(times))
@@ -74,9 +76,12 @@ def bench_overhead(
     from mad_efla.execution.local import cores
     from mad_efla.plan import expand
     from mad_efla.reporting import terminal
+    from mad_efla.training import fits
 
     precision = machine.resolve_precision("cpu")
     found = [expand.expand(task, plan, assignments, precision) for task in tasks]
+    for sweep in found:
+        fits.check(sweep)
     split = overhead(found, "cpu", workers or cores())
     terminal.stdout().print(split_table(split))
 
@@ -118,10 +123,14 @@ def bench_device(
     from mad_efla.bench import throughput
     from mad_efla.execution import machine
     from mad_efla.plan import expand
+    from mad_efla.training import fits
 
     device = machine.resolve_device(device)
     precision = machine.resolve_precision(device)
-    runs = [r for task in tasks for r in expand.expand(task, plan, assignments, precision).runs]
+    sweeps = [expand.expand(task, plan, assignments, precision) for task in tasks]
+    for sweep in sweeps:
+        fits.check(sweep)
+    runs = [r for sweep in sweeps for r in sweep.runs]
     for row in throughput.measure(runs, device, seconds, list(at_once)):
         line = json.dumps(row)
         click.echo(line)

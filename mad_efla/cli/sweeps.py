@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mad_efla.execution.executors import Executor
     from mad_efla.plan.expand import Sweep
     from mad_efla.runs.schema import SweepRecord
+    from mad_efla.training.fits import Fit, Match
 
 
 class _Told(NamedTuple):
@@ -94,11 +95,13 @@ def sweep(
     """
     from mad_efla.execution import executors
     from mad_efla.plan import expand
+    from mad_efla.training import fits
 
     runner = executors.choose(executor, device=device, workers=workers, per_device=per_device)
     sweeps = [expand.expand(task, plan, assignments, runner.precision) for task in tasks]
+    found = [fits.check(sweep) for sweep in sweeps]
     if dry_run:
-        _dry_run(sweeps, out, runner.slots)
+        _dry_run(sweeps, found, out, runner.slots)
         return
     from mad_efla import tracking
     from mad_efla.execution import processes
@@ -107,22 +110,23 @@ def sweep(
         processes.prepare(runner.device)
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
     told = _Told(uri, log_models, figures=not no_figures)
-    sys.exit(_sweep(sweeps, out, runner, told, max_hours, retry_failed))
+    matches = [match for fit in found for match in fit.matches]
+    sys.exit(_sweep(sweeps, matches, out, runner, told, max_hours, retry_failed))
 
 
-def _dry_run(sweeps: "list[Sweep]", out: Path, slots: int) -> None:
+def _dry_run(sweeps: "list[Sweep]", fits: "list[Fit]", out: Path, slots: int) -> None:
     from mad_efla.execution import costs
     from mad_efla.plan import expand
     from mad_efla.reporting import tables, terminal
 
     console = terminal.stdout()
     runs = []
-    for found in sweeps:
+    for found, fit in zip(sweeps, fits, strict=True):
         runs += found.runs
-        for line in terminal.matches(found.matches):
+        for line in terminal.matches(fit.matches):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        terminal.show(tables.runs(found.runs, expand.differences(found.runs), found.sizes))
-    sizes = {f: s for w in sweeps for f, s in w.sizes.items()}
+        terminal.show(tables.runs(found.runs, expand.differences(found.runs), fit.sizes))
+    sizes = {f: s for fit in fits for f, s in fit.sizes.items()}
     guess = costs.estimate(runs, out, sizes, slots)
     if search := sweeps[0].search:
         console.print(f"search {search.method}: {search.trials} trials like each of these, "
@@ -137,8 +141,8 @@ def _dry_run(sweeps: "list[Sweep]", out: Path, slots: int) -> None:
 
 
 def _sweep(
-    sweeps: "list[Sweep]", out: Path, runner: "Executor", told: _Told, max_hours: float | None,
-    retry_failed: bool,
+    sweeps: "list[Sweep]", matches: "list[Match]", out: Path, runner: "Executor", told: _Told,
+    max_hours: float | None, retry_failed: bool,
 ) -> int:  # fmt: skip
     """Make what is missing, mirror it, print the tables; return the exit status."""
     from mad_efla import tracking
@@ -153,7 +157,7 @@ def _sweep(
     runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
     for note in mend(out, [r.fingerprint for r in runs]):
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    for line in dict.fromkeys(line for s in sweeps for line in terminal.matches(s.matches)):
+    for line in dict.fromkeys(terminal.matches(matches)):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     done = finished(out, [r.fingerprint for r in runs])
     records = [_record(s, out) for s in sweeps]

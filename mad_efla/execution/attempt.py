@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from mad_efla.plan.run import Limits
+from mad_efla import spectrum
+from mad_efla.config import ConfigError
+from mad_efla.plan.run import Limits, RunConfig, code_of
 from mad_efla.runs.claims import Fenced
 from mad_efla.runs.folder import RunFolder
 from mad_efla.training.loop import Interrupted, train
@@ -99,9 +101,12 @@ def _make(
     meter = Meter(limits, None)
     try:
         folder.begin()
+        run = folder.run()
+        _check_code(run)
         train(
-            folder.run(), folder, device=device, environment=about,
+            run, folder, device=device, environment=about,
             stop=lambda: stop() or bool(meter.passed() or verdict()),
+            look=spectrum.training_scalars,
         )  # fmt: skip
     except Interrupted as error:
         if reason := verdict():
@@ -116,6 +121,21 @@ def _make(
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         outside = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
         folder.fail("failed", reason, traceback.format_exc(), transient=outside)
+
+
+def _check_code(run: RunConfig) -> None:
+    """Refuse to make, or to go on with, a run by other code than it is named after.
+
+    Raises:
+        ConfigError: The source of its task or of a mixer is another one by now.
+    """
+    for name, digest in code_of(run.task, run.mixers).items():
+        if run.code.get(name) != digest:
+            raise ConfigError(
+                f"the code of {name} is {digest} by now, and this run is one of "
+                f"{run.code.get(name, 'an earlier version')}; its sweep makes a new run of it, or "
+                "put the code back"
+            )
 
 
 @contextlib.contextmanager

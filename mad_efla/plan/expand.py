@@ -17,10 +17,9 @@ from mad_efla.plan import grid
 from mad_efla.plan.grid import Range, Search
 from mad_efla.plan.run import DataConfig, Limits, Protocol, RunConfig, build, build_task
 from mad_efla.tasks import Task
-from mad_efla.training import data
-from mad_efla.training.fits import Match, check_models, matches
 
 _SECTIONS = ("task", "data", "model", "optim", "train")
+MAX_RUNS = 100_000
 
 
 class Plan(grid.Points):
@@ -79,26 +78,28 @@ class Sweep(NamedTuple):
         plan: The plan's name.
         protocol: The plan's protocol.
         runs: In the order of the plan, each once.
-        sizes: Parameters and state size of each run's model, by fingerprint.
-        matches: Per mixer, how far it is from the equal terms of the plan; empty if it has none.
         limits: How long and how large each run may grow.
         search: How points are proposed, if they are; `runs` are then the middles of the spaces.
         prune: How trials are ended early.
         spaces: What is searched.
         about: The plan's own sentence.
+        match: Equal terms that mixers are held to, see `Plan.match`.
+        ends: Runs at the middles and ends of what is searched: they must fit, too.
+        place: Where the plan names its mixers, for errors.
     """
 
     task: str
     plan: str
     protocol: str
     runs: list[RunConfig]
-    sizes: dict[str, tuple[int, int]]
-    matches: list[Match]
     limits: Limits
     search: Search | None = None
     prune: str | None = None
     spaces: Sequence[Space] = ()
     about: str = ""
+    match: Literal["state", "parameters"] | None = None
+    ends: Sequence[RunConfig] = ()
+    place: str = ""
 
     @property
     def id(self) -> str:
@@ -110,7 +111,7 @@ class Sweep(NamedTuple):
 
 
 def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> Sweep:
-    """Build every run of a task under a plan, and check that each can be built.
+    """Build every run of a task under a plan; whether its model can be built, `training.fits` says.
 
     Args:
         task: Path or name of a task file.
@@ -137,8 +138,7 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
     points = [grid.points(parsed, plan_document, mixer, settled) for mixer in names]
     runs: dict[str, RunConfig] = {}
     spaces: list[Space] = []
-    checked: list[RunConfig] = []
-    asked: set[str] = set()
+    ends: list[RunConfig] = []
     over = (
         {f: r for f, r in parsed.search.over.items() if f not in settled} if parsed.search else {}
     )
@@ -153,22 +153,18 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
                         _build_point, cell, place, run_sets, label, protocol, precision
                     )
                     spaces.append(Space(label, names[index], over, builder))
-                    ends = [{f: r.at(u) for f, r in over.items()} for u in (0.5, 0.0, 1 - 1e-9)]
-                    run, *others = [builder(end) for end in ends]
-                    checked += others
+                    marks = [{f: r.at(u) for f, r in over.items()} for u in (0.5, 0.0, 1 - 1e-9)]
+                    run, *others = [builder(mark) for mark in marks]
+                    ends += others
                 else:
                     cell = config.merge(cell, *run_sets)
                     run = build(_resolve(cell, label, protocol, precision))
                 runs.setdefault(run.fingerprint, run)
-                if (wanted := f"{run.task} {run.data}") not in asked:
-                    data.check(run.task, run.data)
-                    asked.add(wanted)
-    sizes = check_models([*runs.values(), *checked], plan_document)
-    matched = matches(parsed.match, list(runs.values()), sizes)
-    every = list(runs.values())
+                if len(runs) > MAX_RUNS:
+                    raise ConfigError(f"{plan_file}: more than {MAX_RUNS} runs; split the plan")
     return Sweep(
-        str(name), plan_file.stem, protocol, every, sizes, matched, parsed.limits,
-        parsed.search, parsed.prune, spaces, parsed.about,
+        str(name), plan_file.stem, protocol, list(runs.values()), parsed.limits, parsed.search,
+        parsed.prune, spaces, parsed.about, parsed.match, ends, plan_document.place(("mixers",)),
     )  # fmt: skip
 
 

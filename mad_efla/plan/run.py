@@ -4,6 +4,7 @@ Its fingerprint, a hash of its canonical JSON, is its name everywhere: folder, M
 key. Where it runs (device, threads, folder) is no part of it; everything that moves a number is.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Literal
 
@@ -177,8 +178,27 @@ class Limits(Section):
     memory_gib: float | None = Field(default=None, gt=0)
 
 
+# Fields that runs of earlier versions do not have; at these values they are left out of the name.
+_LATER: dict[tuple[str, str], Any] = {("", "code"): {}}
+
+
 class RunConfig(Section):
-    """One training run, complete."""
+    """One training run, complete.
+
+    Attributes:
+        numbers: Which numbers the code gives, see `NUMBERS`.
+        protocol: The rules its score is taken by.
+        task: What is learned.
+        task_version: Of the task's generator.
+        setting: The setting's label; no part of the fingerprint.
+        data: Examples of each split.
+        model: The stack around the mixers.
+        mixers: One per pair of layers.
+        optim: The optimiser and its schedule.
+        train: The budget, and what is looked at on the way.
+        seed: Of everything that is drawn.
+        code: Digest of the source of each task and mixer that is the user's own, by name.
+    """
 
     numbers: int = NUMBERS
     protocol: Protocol
@@ -191,11 +211,18 @@ class RunConfig(Section):
     optim: OptimConfig
     train: TrainConfig
     seed: int = Field(ge=0, lt=2**32)
+    code: dict[str, str] = Field(default_factory=dict)
 
     @cached_property
     def canonical(self) -> str:
         """The JSON text whose hash is the fingerprint."""
-        return canonical_json({k: v for k, v in self.model_dump().items() if k != "setting"})
+        values = self.model_dump()
+        del values["setting"]
+        for (section, field), default in _LATER.items():
+            held = values[section] if section else values
+            if held[field] == default:
+                del held[field]
+        return canonical_json(values)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -275,6 +302,9 @@ def build(document: Document) -> RunConfig:
         "train": validate(TrainConfig, document.part("train"), "train"),
     }
     rest = {k: document.data[k] for k in ("protocol", "setting", "seed") if k in document.data}
+    parts["code"] = document.data.get("code", None)
+    if parts["code"] is None:
+        parts["code"] = code_of(task, parts["mixers"])
     top = validate(_Top, Document(rest, document.places, document.name))
     run = RunConfig(**parts, **top.model_dump())
     _check_protocol(run, document)
@@ -285,6 +315,16 @@ class _Top(Section):
     protocol: Protocol = "custom"
     setting: str = "baseline"
     seed: int = Field(0, ge=0, lt=2**32)
+
+
+def code_of(task: Task, mixers: Iterable[MixerConfig]) -> dict[str, str]:
+    """Return the digest of the source of each plug-in among a task and mixers, as it is now.
+
+    Raises:
+        ConfigError: The source of one is not to be had.
+    """
+    names = [n for n in (task.name, *(m.name for m in mixers)) if ":" in n]
+    return {name: plugins.source_digest(name) for name in sorted(set(names))}
 
 
 def build_task(document: Document) -> Task:

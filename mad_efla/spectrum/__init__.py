@@ -1,7 +1,7 @@
 """What a trained mixer does with its memory: decay, products of transitions, states, reach, gain.
 
-Every function but `diagnose` and `glance` is pure and reads the `Dynamics` of one layer on one
-batch,
+Every function but `diagnose` and `training_scalars` is pure and reads the `Dynamics` of one layer
+on one batch,
 
     S_t = A_t S_{t-1} + k_t v_t^T,    A_t = diag(exp(log_decay_t)) + a_t b_t^T,    o_t = S_t^T q_t
 
@@ -15,7 +15,14 @@ B H N (N + P).
     causes.py        why a trained model fails on corrupted inputs
 """
 
-from mad_efla.spectrum.diagnose import Diagnosis, Gain, LayerDiagnosis, diagnose, finite, glance
+from mad_efla.spectrum.diagnose import (
+    Diagnosis,
+    Gain,
+    LayerDiagnosis,
+    diagnose,
+    finite,
+    training_scalars,
+)
 from mad_efla.spectrum.reach import Reach, perturbation_gain, reach
 from mad_efla.spectrum.states import (
     KeyOverlap,
@@ -40,7 +47,7 @@ from mad_efla.spectrum.transitions import (
 
 __all__ = [
     "EULER_LIMIT", "SATURATED", "Diagnosis", "Gain", "Horizon", "KeyOverlap", "LayerDiagnosis",
-    "PerToken", "Products", "Reach", "StateSpectrum", "diagnose", "finite", "glance", "horizon",
+    "PerToken", "Products", "Reach", "StateSpectrum", "diagnose", "finite", "horizon",
     "key_overlap", "lyapunov", "per_token", "perturbation_gain", "products", "reach",
-    "state_spectrum", "states", "step_eigenvalue", "step_error",
+    "state_spectrum", "states", "step_eigenvalue", "step_error", "training_scalars",
 ]  # fmt: skip

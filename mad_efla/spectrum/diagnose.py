@@ -1,7 +1,7 @@
 """A model, layer by layer: runs it, hands each layer to the pure functions, and names the scalars.
 
-`diagnose` takes all there is; `glance` takes the few that are cheap enough to log while a model
-trains.
+`diagnose` takes all there is; `training_scalars` takes the few that are cheap enough to log while a
+model trains.
 """
 
 import copy
@@ -300,7 +300,7 @@ def _reach_scalars(looked: Reach) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def glance(model: Backbone, inputs: Tensor) -> dict[str, float]:
+def training_scalars(model: Backbone, inputs: Tensor) -> dict[str, float]:
     """Take the scalars of `diagnose` that cost little: decay, horizon, rank, attention's reach.
 
     Names and definitions are those of `Diagnosis.scalars`, means over layers; horizons are followed
@@ -315,7 +315,7 @@ def glance(model: Backbone, inputs: Tensor) -> dict[str, float]:
     device = inputs.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         layers = [
-            _glance_layer(mixer, x.float())
+            _training_layer(mixer, x.float())
             for mixer, x in zip(model.mixers, _mixer_inputs(model, inputs), strict=True)
         ]
     means = [{name: value.mean().item() for name, value in layer.items()} for layer in layers]
@@ -336,7 +336,7 @@ def _mixer_inputs(model: Backbone, inputs: Tensor) -> list[Tensor]:
     return seen
 
 
-def _glance_layer(mixer: Mixer, x: Float[Tensor, "B L D"]) -> dict[str, Tensor]:
+def _training_layer(mixer: Mixer, x: Float[Tensor, "B L D"]) -> dict[str, Tensor]:
     if x.device.type != "cpu":  # token loops are quicker there, and no kernel is compiled for them
         mixer, x = copy.deepcopy(mixer).cpu(), x.cpu()
     with torch.autocast(x.device.type, enabled=False):

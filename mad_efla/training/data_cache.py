@@ -23,7 +23,7 @@ import numpy as np
 
 from mad_efla.config import canonical_json
 from mad_efla.config import digest as short_digest
-from mad_efla.plan.run import DataConfig, RunConfig
+from mad_efla.plan.run import DataConfig, RunConfig, code_of
 from mad_efla.tasks import Examples, Task
 from mad_efla.training import data
 from mad_efla.training.data import Data
@@ -33,8 +33,9 @@ _STALE_SECONDS = 86_400.0  # what a killed driver left, and nobody opened for so
 
 
 def key(task: Task, seed: int, sizes: DataConfig) -> str:
-    """Name the data of a task, a seed and sizes."""
+    """Name the data of a task, a seed and sizes; of a task of the user's own, of this version."""
     named = task.model_dump(mode="json"), type(task).version, seed, sizes.model_dump()
+    named += tuple(code_of(task, ()).values())
     return short_digest(canonical_json(named))
 
 

@@ -1,13 +1,12 @@
 """Whether the models of runs can be built, how large they are, and whether they match."""
 
-from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from mad_efla.config import ConfigError, Document
+from mad_efla.config import ConfigError
+from mad_efla.plan.expand import Sweep
 from mad_efla.plan.run import RunConfig
-from mad_efla.training import model
+from mad_efla.training import data, model
 
-MAX_RUNS = 100_000
 STATE_PER_LAYER = 2_048  # numbers: 8 heads of 16 x 16 at width 128
 
 
@@ -32,27 +31,45 @@ class Match(NamedTuple):
         return self.found / self.wanted - 1
 
 
-def check_models(runs: Iterable[RunConfig], plan: Document) -> dict[str, tuple[int, int]]:
-    """Build each distinct model once; return parameters and state size of every run."""
+class Fit(NamedTuple):
+    """What is known of a sweep once every distinct model of it was built.
+
+    Attributes:
+        sizes: Parameters and state size of each run's model, by fingerprint.
+        matches: Per mixer, how far it is from the equal terms of the plan; empty if it has none.
+    """
+
+    sizes: dict[str, tuple[int, int]]
+    matches: list[Match]
+
+
+def check(sweep: Sweep) -> Fit:
+    """Build each distinct model of a sweep once, and look for the data of its real tasks.
+
+    Raises:
+        ConfigError: A model cannot be built, with the plan's place; or examples are missing.
+    """
     built: dict[str, tuple[int, int]] = {}
+    asked: set[str] = set()
     sizes = {}
-    for count, run in enumerate(runs):
-        if count >= MAX_RUNS:
-            raise ConfigError(f"{plan.name}: more than {MAX_RUNS} runs; split the plan")
+    for run in (*sweep.runs, *sweep.ends):
         task = run.task
+        if (wanted := f"{task} {run.data}") not in asked:
+            data.check(task, run.data)
+            asked.add(wanted)
         key = f"{run.model} {run.mixers} {task.backbone} {task.vocabulary} {task.input_length}"
         if key not in built:
             try:
                 network = model.check(run)
             except ConfigError as error:
-                raise ConfigError(f"{plan.place(('mixers',))}: {error}") from error
+                raise ConfigError(f"{sweep.place}: {error}") from error
             state = model.state_size(network, run.task.input_length)
             built[key] = (model.parameter_count(network), state)
         sizes[run.fingerprint] = built[key]
-    return sizes
+    return Fit(sizes, _matches(sweep.match, sweep.runs, sizes))
 
 
-def matches(
+def _matches(
     kind: Literal["state", "parameters"] | None,
     runs: list[RunConfig],
     sizes: dict[str, tuple[int, int]],

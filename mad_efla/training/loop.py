@@ -1,32 +1,36 @@
 """The training loop: one run, from its configuration to its result.
 
-Every random number comes from the run's seed: the data, the initial weights, the order of examples.
+Every random number comes from the run's seed: the data, the initial weights, the order of examples,
+and what layers draw while they train. Scores are taken in evaluation mode.
 A run that is stopped writes where it stands and goes on from there; on a CPU, with the same number
 of threads, it then ends with the same weights, bit for bit.
 """
 
+import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mad_efla import spectrum
 from mad_efla.plan.run import OptimConfig, RunConfig
 from mad_efla.runs.files import now
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.schema import ProbeScore, Result, Row, Scores
 from mad_efla.tasks import IGNORE
-from mad_efla.training import data, data_cache, devices, model, step
+from mad_efla.training import data, data_cache, devices, model, randomness, step
 from mad_efla.training.metrics import Tally
 
 LOG_EVERY = 10  # steps between logged training losses
 CHECKPOINT_SECONDS = 60.0
-GLANCES = 16  # at the mixers' memory in a run, at most; each costs a tenth of an evaluation
-_GLANCED = 2  # sequences of the validation split
+SPECTRUM_LOGS = 16  # at most, in a run; each costs a tenth of an evaluation
+_LOOKED_AT = 2  # sequences of the validation split
+
+Look = Callable[[model.Backbone, Tensor], dict[str, float]]
+"""Takes scalars of what the mixers of a model do with their memory on some inputs."""
 
 
 class Interrupted(Exception):
@@ -48,6 +52,7 @@ def train(
     device: str = "cpu",
     environment: dict[str, str] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    look: Look | None = None,
 ) -> Result:
     """Train a run to its end, or go on with it.
 
@@ -57,6 +62,7 @@ def train(
         device: `cpu` or `cuda`.
         environment: Recorded with the result.
         stop: Asked after every step; when true, a checkpoint is written and the run interrupted.
+        look: Taken of the model now and then, and logged.
 
     Returns:
         The result, already written.
@@ -66,7 +72,15 @@ def train(
     """
     if device == "cuda":
         devices.take()
-    loop = Loop(run, folder, torch.device(device))
+    with randomness.lent():
+        return _train(run, folder, device, environment, stop, look)
+
+
+def _train(
+    run: RunConfig, folder: RunFolder, device: str, environment: dict[str, str] | None,
+    stop: Callable[[], bool], look: Look | None,
+) -> Result:  # fmt: skip
+    loop = Loop(run, folder, torch.device(device), look)
     status, stopped = "finished", None
     try:
         stopped = loop.steps(stop)
@@ -126,11 +140,15 @@ class Loop:
         run: What to train.
         folder: Where it writes, and goes on from if it holds a checkpoint.
         device: Where data and model live.
+        look: Taken of the model now and then, and logged.
     """
 
-    def __init__(self, run: RunConfig, folder: RunFolder, device: torch.device):
+    def __init__(
+        self, run: RunConfig, folder: RunFolder, device: torch.device, look: Look | None = None
+    ):
         self._begun = self._saved = time.perf_counter()
         self.run, self.folder, self.device = run, folder, device
+        randomness.seed(run.seed)
         self.data = data_cache.load(
             folder.path.parent / data_cache.FOLDER, run.task, run.seed, run.data
         )
@@ -159,7 +177,8 @@ class Loop:
         self.chosen: dict[str, Tensor] | None = None  # None: the last weights are
         self.scored: dict[str, Scores] = {}  # what is known of them, by split
         self.stopped: str | None = None
-        self.glancing = True  # until it fails
+        self.look = look  # until it fails
+        randomness.seed(run.seed)  # again: data that was there already drew nothing
         self._order: tuple[int, Tensor] | None = None
         self._restore()
 
@@ -230,7 +249,7 @@ class Loop:
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 raise Diverged(first + offset + 1)
-        tokens = len(values) * self.run.train.batch_size * self.run.task.input_length
+        tokens = self._rows(first) * self.run.task.input_length
         self._log(
             {
                 "train/loss": sum(values) / len(values),
@@ -238,6 +257,12 @@ class Loop:
                 "train/tokens_per_second": tokens / elapsed,
             }
         )
+
+    def _rows(self, first: int) -> int:
+        """Count the sequences of the steps from `first` on; an epoch's last batch may be short."""
+        size, examples = self.run.train.batch_size, self.run.data.train_examples
+        batches = (step % self.run.steps_per_epoch for step in range(first, self.step))
+        return sum(min(size, examples - batch * size) for batch in batches)
 
     # ----------------------------------------------------------- evaluation
 
@@ -250,8 +275,8 @@ class Loop:
         self._log({f"val/{name}": value for name, value in validation.model_dump().items()})
         if self.steps_to_90 is None and validation.token_accuracy >= 0.9:
             self.steps_to_90 = self.step
-        if self._glance_due():
-            self._glance()
+        if self._look_due():
+            self._look()
         seen = {"validation": validation}
         if train.select_split == "none":
             self.scored = seen
@@ -273,20 +298,20 @@ class Loop:
                 f"reached {train.stop_at} at step {self.step}"
             )
 
-    def _glance_due(self) -> bool:
-        """Spread the glances evenly over the evaluations; the last one has one."""
-        every = self.run.eval_every * -(-self.run.steps // self.run.eval_every // GLANCES)
-        return self.glancing and (self.step % every == 0 or self.step == self.run.steps)
+    def _look_due(self) -> bool:
+        """Spread the looks evenly over the evaluations; the last one has one."""
+        every = self.run.eval_every * -(-self.run.steps // self.run.eval_every // SPECTRUM_LOGS)
+        return self.look is not None and (self.step % every == 0 or self.step == self.run.steps)
 
-    def _glance(self) -> None:
+    def _look(self) -> None:
         """Log what the mixers do with their memory; a mixer that cannot tell stops no run."""
         begun = time.perf_counter()
-        inputs = self.splits["validation"][0][:_GLANCED]
+        inputs = self.splits["validation"][0][:_LOOKED_AT]
         try:
-            with self._autocast():
-                found = spectrum.glance(self.model, inputs)
+            with self._apart(), self._autocast():
+                found = self.look(self.model, inputs) if self.look else {}
         except Exception as error:
-            self.glancing = False
+            self.look = None
             warnings.warn(f"no spectrum from step {self.step} on: {error!r}", stacklevel=1)
             return
         self._spend("spectrum", begun)
@@ -303,14 +328,25 @@ class Loop:
     def _tally(self, inputs: Tensor, targets: Tensor) -> Tally:
         begun = time.perf_counter()
         tally = Tally(self.run.task.vocabulary, self.device)
-        for start in range(0, len(inputs), self.run.train.batch_size):
-            rows = slice(start, start + self.run.train.batch_size)
-            scored = targets[rows] != IGNORE
-            with self._autocast():
-                logits = self.model(inputs[rows], scored)
-            tally.add(logits, targets[rows][scored].long())
+        with self._apart():
+            for start in range(0, len(inputs), self.run.train.batch_size):
+                rows = slice(start, start + self.run.train.batch_size)
+                scored = targets[rows] != IGNORE
+                with self._autocast():
+                    logits = self.model(inputs[rows], scored)
+                tally.add(logits, targets[rows][scored].long(), scored.nonzero()[:, 0])
         self._spend("evaluation", begun)
         return tally
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Look at the model in evaluation mode, and leave no trace in the training that goes on."""
+        with randomness.untouched():
+            self.model.eval()
+            try:
+                yield
+            finally:
+                self.model.train()
 
     def _autocast(self) -> torch.autocast:
         half = self.run.train.precision == "bfloat16"
@@ -338,7 +374,7 @@ class Loop:
             {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "random": torch.get_rng_state(),
+                "random": randomness.state(),
                 "chosen": self.chosen,
                 "chosen_key": list(self.chosen_key),
                 "scored": {split: scores.model_dump() for split, scores in self.scored.items()},
@@ -358,7 +394,8 @@ class Loop:
             return
         self.model.load_state_dict(state["model"])
         self.stepper.load(state["optimizer"])
-        torch.set_rng_state(state["random"])
+        if isinstance(state["random"], dict):  # of earlier versions: torch's alone
+            randomness.restore(state["random"])
         self.chosen = state["chosen"]
         self.chosen_key = tuple(state["chosen_key"])
         self.scored = {split: Scores(**scores) for split, scores in state.get("scored", {}).items()}

@@ -21,14 +21,28 @@ class Tally:
         self.finite = torch.zeros((), dtype=torch.int64, device=device)  # answers
         # Rows: right answers, answers wanted, answers given, per class.
         self.counts = torch.zeros(3, vocabulary, dtype=torch.int64, device=device)
+        # Sequences with all answers right, and with any answer wanted.
+        self.sequences = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def add(self, logits: Float[Tensor, "n V"], targets: Int[Tensor, "n"]) -> None:
-        """Count one batch of scored positions; an answer that is not finite is wrong."""
+    def add(
+        self, logits: Float[Tensor, "n V"], targets: Int[Tensor, "n"], rows: Int[Tensor, "n"]
+    ) -> None:
+        """Count one batch of scored positions; an answer that is not finite is wrong.
+
+        Args:
+            logits: At the scored positions.
+            targets: The answers wanted there.
+            rows: Which sequence of the batch each position belongs to.
+        """
         self.loss += F.cross_entropy(logits.float(), targets, reduction="sum").double()
         finite = logits.isfinite().all(dim=-1)
         self.finite += finite.sum()
         given = logits.argmax(dim=-1)
-        right = targets[(given == targets) & finite]
+        correct = (given == targets) & finite
+        right = targets[correct]
+        wanted = torch.bincount(rows)
+        whole = torch.bincount(rows[correct], minlength=len(wanted)) == wanted
+        self.sequences += torch.stack([(whole & (wanted > 0)).sum(), (wanted > 0).sum()])
         V = self.counts.shape[1]
         for row, tokens in enumerate((right, targets, given)):
             self.counts[row] += torch.bincount(tokens, minlength=V)
@@ -39,7 +53,7 @@ class Tally:
         return int(self.counts[0].sum()) / n, int(self.finite) / n
 
     def scores(self) -> Scores:
-        """Return loss per scored token, token accuracy and macro accuracy.
+        """Return loss per scored token, and accuracy per token, class and sequence.
 
         Macro accuracy is the mean over classes of the share answered right, over classes that were
         wanted or given at least once (as torchmetrics' macro average, which mad-lab reports).
@@ -52,4 +66,5 @@ class Tally:
             loss=self.loss.item() / n,
             token_accuracy=right.sum().item() / n,
             macro_accuracy=recall[seen].mean().item() if seen.any() else 0.0,
+            sequence_accuracy=int(self.sequences[0]) / max(int(self.sequences[1]), 1),
         )

@@ -7,7 +7,7 @@ from mad_efla.analysis.cells import cells
 from mad_efla.plan import expand
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.read import of_runs
-from mad_efla.training import loop, model
+from mad_efla.training import fits, loop, model
 from tests.tiny import PLAN, TASK, tiny
 
 HYBRID = [{"name": "attention", "heads": 2, "window": 4}, {"name": "efla", "heads": 2}]
@@ -33,9 +33,11 @@ def test_a_list_in_a_plan_trains_and_is_one_row_of_the_table(tmp_path):
     assert hybrid.status == "finished"
     ran = {pair.split(":")[0] for pair in hybrid.environment["backends"].split()}
     assert ran == {"delta_rule", "short_conv"}
+    fit = fits.check(found)
+    sizes = {r.mixer: fit.sizes[r.fingerprint] for r in found.runs}
     lines = {line.mixer: line for line in cells(of_runs(found.runs, results))}
     assert lines.keys() == {LABEL, "deltanet(heads=2)"}
-    assert lines[LABEL].state_size == hybrid.state_size == found.sizes[found.runs[0].fingerprint][1]
+    assert lines[LABEL].state_size == hybrid.state_size == sizes[LABEL][1]
 
 
 def test_the_layers_come_in_order_and_their_states_add_up():

@@ -5,6 +5,7 @@ import pytest
 from mad_efla import config
 from mad_efla.config import ConfigError
 from mad_efla.plan import expand
+from mad_efla.training import fits
 from tests.tiny import PLAN, TASK
 
 
@@ -16,7 +17,7 @@ def expanded(tmp_path, plan=PLAN, task=TASK, sets=()):
 
 def refused(tmp_path, **kwargs):
     with pytest.raises(ConfigError) as error:
-        expanded(tmp_path, **kwargs)
+        fits.check(expanded(tmp_path, **kwargs))
     return str(error.value)
 
 
@@ -33,7 +34,7 @@ def test_a_sweep_is_every_mixer_setting_point_and_seed(tmp_path):
     assert set(expand.differences(found.runs)) == {
         "mixer", "setting", "seed", "task.vocab_size", "optim.lr", "optim.weight_decay",
     }  # fmt: skip
-    assert set(found.sizes) == {r.fingerprint for r in found.runs}
+    assert set(fits.check(found).sizes) == {r.fingerprint for r in found.runs}
 
 
 def test_named_settings_override_anything(tmp_path):
@@ -182,17 +183,19 @@ def test_mad_mini_keeps_every_task_and_two_changes_of_every_axis():
 
 def test_a_plan_says_by_how_much_mixers_miss_equal_terms(tmp_path):
     mixers = "mixers=[efla, attention, mamba2]"
-    found = expanded(tmp_path, PLAN + "match: state\n", sets=[mixers, "model.width=128"]).matches
+    sweep = expanded(tmp_path, PLAN + "match: state\n", sets=[mixers, "model.width=128"])
+    found = fits.check(sweep).matches
     assert [(m.mixer, m.wanted, m.found) for m in found] == [
         ("efla", 2048, 2048), ("attention", 2048, 2 * 128 * 11), ("mamba2", 2048, 2048),
     ]  # fmt: skip
     assert found[1].miss == pytest.approx(0.375)
     sweeps = expanded(tmp_path, PLAN + "match: parameters\n", sets=[mixers, "model.width=128"])
-    sizes = {r.mixer: sweeps.sizes[r.fingerprint][0] for r in sweeps.runs}
-    assert [(m.wanted, m.found) for m in sweeps.matches] == [
+    fit = fits.check(sweeps)
+    sizes = {r.mixer: fit.sizes[r.fingerprint][0] for r in sweeps.runs}
+    assert [(m.wanted, m.found) for m in fit.matches] == [
         (sizes["efla"], sizes[m]) for m in ("efla", "attention", "mamba2")
     ]
-    assert expanded(tmp_path).matches == []
+    assert fits.check(expanded(tmp_path)).matches == []
     assert 'match="size": input should be' in refused(tmp_path, plan=PLAN + "match: size\n")
 
 

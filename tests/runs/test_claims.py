@@ -18,8 +18,8 @@ from tests.tiny import tiny
 
 HOLD = """
 import pathlib, sys, time
-from mad_efla import lease
-claim = lease.take(pathlib.Path("."))
+from mad_efla.runs import claims
+claim = claims.take(pathlib.Path("."))
 print("held" if claim else "refused", flush=True)
 time.sleep(600)
 """

@@ -657,9 +657,9 @@ def test_positions_outside_and_single_tokens_are_refused():
 # ---- while training
 
 
-def test_a_glance_gives_what_the_diagnosis_gives():
+def test_training_scalars_gives_what_the_diagnosis_gives():
     net, tokens = built("efla", "attention", "hyena", "mamba2")
-    full, found = spectrum.diagnose(net, tokens).scalars(), spectrum.glance(net, tokens)
+    full, found = spectrum.diagnose(net, tokens).scalars(), spectrum.training_scalars(net, tokens)
     same = {n: v for n, v in found.items() if "horizon" not in n and "reach" not in n}
     assert len(same) == 7
     assert same == {name: pytest.approx(full[name]) for name in same}
@@ -668,47 +668,47 @@ def test_a_glance_gives_what_the_diagnosis_gives():
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.3, 1.5])
-def test_a_glance_recovers_a_known_decay(rate, monkeypatch):
+def test_training_scalars_recovers_a_known_decay(rate, monkeypatch):
     net, tokens = built("gla", task__seq_len=64)
     tokens = tokens.repeat(1, 6)[:, :64]
     constant = decaying(torch.full((B, 64, H, N), -rate, dtype=torch.float64))
     monkeypatch.setattr(net.mixers[0], "dynamics", lambda x: constant)
-    found = spectrum.glance(net, tokens)
+    found = spectrum.training_scalars(net, tokens)
     assert found["spectrum/eigenvalue_mean"] == pytest.approx(math.exp(-rate), abs=1e-6)
     assert found["spectrum/horizon_p50"] == pytest.approx(min(1 / rate, 32), abs=1e-6)
     assert found["spectrum/horizon_beyond"] == (rate == 0.01)
 
 
-def test_a_glance_draws_no_random_number_and_leaves_the_model_alone(monkeypatch):
+def test_training_scalars_draws_no_random_number_and_leaves_the_model_alone(monkeypatch):
     net, tokens = built("efla", "attention")
     before = {n: p.clone() for n, p in net.state_dict().items()}
     own = net.mixers[0].dynamics
     monkeypatch.setattr(net.mixers[0], "dynamics", lambda x: own(x + torch.randn(())))
     random = torch.get_rng_state()
-    spectrum.glance(net.train(), tokens)
+    spectrum.training_scalars(net.train(), tokens)
     assert torch.equal(torch.get_rng_state(), random)
     assert net.training
     assert all(torch.equal(p, before[n]) for n, p in net.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-def test_a_glance_looks_in_full_precision_at_what_autocast_made():
+def test_training_scalars_looks_in_full_precision_at_what_autocast_made():
     net, tokens = built("efla", "efla")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = spectrum.glance(net, tokens)
-    full = spectrum.glance(net, tokens)
+        half = spectrum.training_scalars(net, tokens)
+    full = spectrum.training_scalars(net, tokens)
     assert half["spectrum/eigenvalue_mean"] == pytest.approx(
         full["spectrum/eigenvalue_mean"], abs=1e-2
     )
     assert half["spectrum/eigenvalue_mean"] != full["spectrum/eigenvalue_mean"]
 
 
-def test_a_glance_leaves_out_what_there_is_not_and_what_is_not_finite():
-    assert spectrum.glance(*built("hyena", "identity")) == {}
+def test_training_scalars_leaves_out_what_there_is_not_and_what_is_not_finite():
+    assert spectrum.training_scalars(*built("hyena", "identity")) == {}
     net, tokens = built("efla", "efla")
     with torch.no_grad():
         net.mixers[0].qkv.weight[0] = math.inf
-    assert spectrum.glance(net, tokens) == {}
+    assert spectrum.training_scalars(net, tokens) == {}
 
 
 @pytest.mark.parametrize("missing", ["a", "b", "beta", "key_square"])

@@ -12,7 +12,7 @@ from mad_efla.runs.folder import RunFolder
 from mad_efla.tasks import IGNORE
 from mad_efla.tasks.digits import Digits
 from mad_efla.tasks.smnist import SMNIST
-from mad_efla.training import data, loop, model
+from mad_efla.training import data, fits, loop, model
 from mad_efla.training.model import BareClassifier, Classifier
 from tests.cli.test_cli import call
 from tests.pixels import write_set
@@ -162,7 +162,9 @@ def test_more_examples_than_there_are_cannot_be_asked_for(toy, sizes, why):
 
 
 def test_what_is_wrong_with_the_files_is_said_before_the_first_run(toy, monkeypatch):
-    expanded = lambda *sets: expand.expand("smnist", "robustness_as_published", sets, "float32")  # noqa: E731
+    def expanded(*sets):
+        fits.check(expand.expand("smnist", "robustness_as_published", sets, "float32"))
+
     with pytest.raises(ConfigError, match=r"sets/mnist: lacks train-images-idx3-ubyte, .*put them"):
         expanded()
     with pytest.raises(ConfigError, match="images are 4 x 4, must be 28 x 28"):

@@ -10,6 +10,7 @@ from mad_efla.mixers.delta import Delta
 from mad_efla.plan import expand
 from mad_efla.plan.run import OptimConfig
 from mad_efla.runs.folder import RunFolder
+from mad_efla.spectrum import training_scalars
 from mad_efla.training import loop, model
 from mad_efla.training.loop import Interrupted, Loop, learning_rate
 from tests.tiny import tiny
@@ -26,8 +27,10 @@ def finish(run, folder, stops=()):
     for stop in stops:
         count = iter(range(10_000))
         with pytest.raises(Interrupted):
-            loop.train(run, folder, stop=lambda n=stop, c=count: next(c) >= n)
-    return loop.train(run, folder)
+            loop.train(
+                run, folder, stop=lambda n=stop, c=count: next(c) >= n, look=training_scalars
+            )
+    return loop.train(run, folder, look=training_scalars)
 
 
 def test_a_tiny_run_learns_and_writes_everything(tmp_path):
@@ -43,7 +46,7 @@ def test_a_tiny_run_learns_and_writes_everything(tmp_path):
     names = {name for row in folder.rows()[0] for name in row.metrics}
     assert names == {
         "train/loss", "train/learning_rate", "train/tokens_per_second",
-        "val/loss", "val/token_accuracy", "val/macro_accuracy",
+        "val/loss", "val/token_accuracy", "val/macro_accuracy", "val/sequence_accuracy",
         "spectrum/eigenvalue_mean", "spectrum/eigenvalue_min", "spectrum/eigenvalue_max",
         "spectrum/saturated", "spectrum/beyond_euler", "spectrum/horizon_p50",
         "spectrum/horizon_beyond", "spectrum/state_effective_rank", "spectrum/state_capacity_used",
@@ -60,11 +63,10 @@ def test_two_trainings_end_with_equal_bits(tmp_path):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_looking_at_the_memory_moves_no_bit(tmp_path, monkeypatch):
+def test_looking_at_the_memory_moves_no_bit(tmp_path):
     run = tiny(mixers=["efla", "attention"], model__depth=2)
     finish(run, folder_of(run, tmp_path, "a"))
-    monkeypatch.setattr(loop.Loop, "_glance", lambda loop: None)
-    finish(run, folder_of(run, tmp_path, "b"))
+    loop.train(run, folder_of(run, tmp_path, "b"))
     first, second = (RunFolder(tmp_path / n, run.fingerprint).load_model() for n in ("a", "b"))
     assert all(torch.equal(first[k], second[k]) for k in first)
 
@@ -77,7 +79,7 @@ def test_the_memory_is_looked_at_evenly_and_at_the_end(tmp_path, steps, every):
     rows = [r for r in folder.rows()[0] if "spectrum/horizon_p50" in r.metrics]
     looked = [r.step for r in rows]
     assert looked[-1] == steps
-    assert min(steps // every, loop.GLANCES // 2) <= len(looked) <= loop.GLANCES + 1
+    assert min(steps // every, loop.SPECTRUM_LOGS // 2) <= len(looked) <= loop.SPECTRUM_LOGS + 1
     assert len({b - a for a, b in itertools.pairwise(looked[:-1])}) == 1
 
 
@@ -218,3 +220,10 @@ def test_the_rate_that_is_logged_is_the_rate_that_ran(tmp_path):
         r.metrics["train/learning_rate"] for r in folder.rows()[0] if "train/loss" in r.metrics
     ]
     assert logged == [seen[9], seen[19], seen[29]]
+
+
+def test_tokens_per_second_counts_a_short_last_batch_as_what_it_is(tmp_path):
+    run = tiny(data__train_examples=40)  # batches of 16, 16 and 8
+    found = Loop(run, folder_of(run, tmp_path), torch.device("cpu"))
+    found.step = 6
+    assert (found._rows(0), found._rows(5), found._rows(3)) == (80, 8, 40)
