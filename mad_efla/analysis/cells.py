@@ -225,11 +225,7 @@ class _Points:
     def missing(self, measured: list[Planned]) -> str:
         """Count what is not there: of the choosing runs, and of the measured ones."""
         every = {p.fingerprint: p for planned in self.planned.values() for p in planned}
-        every |= {p.fingerprint: p for p in measured}
-        absent = sum(f not in self.results for f in every)
-        diverged = sum(self.results[f].status == "diverged" for f in every if f in self.results)
-        counts = {"diverged": diverged, "missing": absent}
-        return ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        return _missing(every | {p.fingerprint: p for p in measured}, self.results)
 
 
 def _merit(found: list[Result]) -> tuple[float, float]:
@@ -246,8 +242,9 @@ def _points(group: Group) -> list[_Points]:
         group = _explored(group)
     tasks = _tasks(group)
     found: dict[tuple[str, str], _Points] = {}
+    named = _mixers(group)
     for entry in group.planned:
-        key = (entry.mixer, entry.condition)
+        key = (named[entry.mixer, entry.code], entry.condition)
         points = found.setdefault(key, _Points(group, *key))
         points.planned.setdefault(entry.point, []).append(entry)
     labels = _labels(group)
@@ -256,6 +253,40 @@ def _points(group: Group) -> list[_Points]:
     if group.protocol != "unmatched":  # there the grids differ on purpose, and its name says so
         _match(list(found.values()))
     return list(found.values())
+
+
+def missing_runs(group: Group) -> dict[tuple[str, str], str]:
+    """Count what is not there of each mixer and task: `1 diverged, 2 missing`."""
+    named, tasks = _mixers(group), _tasks(group)
+    found: dict[tuple[str, str], list[str]] = {}
+    for p in group.planned:
+        found.setdefault((named[p.mixer, p.code], tasks[p.condition]), []).append(p.fingerprint)
+    return {key: _missing(names, group.results) for key, names in found.items()}
+
+
+def _missing(fingerprints: Iterable[str], results: dict[str, Result]) -> str:
+    names = list(fingerprints)
+    diverged = sum(results[f].status == "diverged" for f in names if f in results)
+    counts = {"diverged": diverged, "missing": sum(f not in results for f in names)}
+    return ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+
+
+def labels(group: Group) -> list[str]:
+    """Return the labels of a group's mixers, in the order of the plan."""
+    named = _mixers(group)
+    return list(dict.fromkeys(named[p.mixer, p.code] for p in group.planned))
+
+
+def _mixers(group: Group) -> dict[tuple[str, str], str]:
+    """Give versions of the user's own code that share a label a digest behind it."""
+    codes: dict[str, set[str]] = {}
+    for entry in group.planned:
+        codes.setdefault(entry.mixer, set()).add(entry.code)
+    return {
+        (mixer, code): f"{mixer} [{code[:4]}]" if len(found) > 1 else mixer
+        for mixer, found in codes.items()
+        for code in found
+    }
 
 
 def _explored(group: Group) -> Group:

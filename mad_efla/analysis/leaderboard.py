@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 from mad_efla.analysis import statistics
-from mad_efla.analysis.cells import Cell, cells
+from mad_efla.analysis.cells import Cell, cells, labels, missing_runs
 from mad_efla.analysis.statistics import Difference, Interval
 from mad_efla.runs.read import Group
 
@@ -27,8 +27,7 @@ class TaskScore(NamedTuple):
     Attributes:
         mixer: The mixer's label.
         task: The task's name.
-        accuracy: Mean over settings of test token accuracy, with its interval; None where no run
-            ended.
+        accuracy: Mean over settings of test token accuracy, with its interval.
         macro_accuracy: The same of macro accuracy.
         sequence_accuracy: The same of the share of sequences with all answers right; None where it
             was not taken.
@@ -46,7 +45,7 @@ class TaskScore(NamedTuple):
     macro_accuracy: Interval | None
     sequence_accuracy: Interval | None
     best_on_test: float | None
-    of_ceiling: float | None
+    of_ceiling: float
     settings: int
     seeds: int
     missing: str
@@ -123,9 +122,10 @@ def leaderboard(group: Group) -> Leaderboard:
     """Score a group of runs; equal input gives equal output."""
     found = cells(group)
     tasks = list(dict.fromkeys(cell.task for cell in found))
-    names = list(dict.fromkeys(p.mixer for p in group.planned))
+    names = labels(group)
+    missing = missing_runs(group)
     table = [
-        _task_score(own)
+        _task_score(own, missing.get((name, task), ""))
         for task in tasks
         for name in names
         if (own := [c for c in found if (c.task, c.mixer) == (task, name)])
@@ -146,37 +146,26 @@ def leaderboards(groups: list[Group]) -> list[Leaderboard]:
     return [leaderboard(group) for group in groups if group.protocol != "exploring"]
 
 
-def _task_score(own: list[Cell]) -> TaskScore:
+def _task_score(own: list[Cell], missing: str) -> TaskScore:
     share = [1 / len(own)] * len(own)
 
     def mean(metric: str) -> Interval | None:
         values = [list(cell.values(metric).values()) for cell in own]
         return statistics.weighted(values, share) if all(values) else None
 
-    ended = any(cell.accuracy for cell in own)
     of_ceiling = [math.fsum(v := list(c.values().values())) / len(v) / c.ceiling for c in own]
     test = [cell.best_on_test for cell in own if cell.best_on_test is not None]
     return TaskScore(
         own[0].mixer,
         own[0].task,
-        *(mean(metric) if ended else None for metric in METRICS),
+        *(mean(metric) for metric in METRICS),
         best_on_test=math.fsum(test) / len(test) if test else None,
-        of_ceiling=math.fsum(of_ceiling) / len(of_ceiling) if ended else None,
+        of_ceiling=math.fsum(of_ceiling) / len(of_ceiling),
         settings=len(own),
         seeds=min(len(cell.seeds) for cell in own),
-        missing=_together(own),
+        missing=missing,
         note="; ".join(dict.fromkeys(cell.note for cell in own if cell.note)),
     )
-
-
-def _together(own: list[Cell]) -> str:
-    """Add up what cells miss: `1 diverged, 2 missing`."""
-    counts: dict[str, int] = {}
-    for cell in own:
-        for part in filter(None, cell.missing.split(", ")):
-            n, what = part.split(" ", 1)
-            counts[what] = counts.get(what, 0) + int(n)
-    return ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
 
 
 def weights(found: list[Cell]) -> dict[str, float]:

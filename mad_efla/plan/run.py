@@ -233,7 +233,16 @@ class RunConfig(Section):
     def condition(self) -> str:
         """Digest of what makes runs alike: protocol, task, data, model and budget as they are."""
         parts = [getattr(self, s).model_dump() for s in ("task", "data", "model", "train")]
-        return digest(canonical_json([self.numbers, self.protocol, self.task_version, *parts]))
+        task = self.code.get(self.task.name, "")
+        return digest(
+            canonical_json([self.numbers, self.protocol, self.task_version, task, *parts])
+        )
+
+    @property
+    def mixer_code(self) -> str:
+        """Digest of the source of mixers that are the user's own; empty if none is."""
+        own = [self.code[m.name] for m in self.mixers if m.name in self.code]
+        return digest(canonical_json(own)) if own else ""
 
     @cached_property
     def point(self) -> str:

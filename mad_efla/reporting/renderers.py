@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import textwrap
 
 import rich.table
 from markupsafe import Markup, escape
@@ -11,6 +12,7 @@ from rich.text import Text
 from mad_efla.analysis.statistics import Interval
 from mad_efla.reporting.table import Table, text
 
+_NARROW, _WIDE = 9, 32  # letters: of a heading's line at least, of a value that is not broken
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -32,12 +34,14 @@ def terminal(table: Table) -> rich.table.Table:
         title=table.title or None, title_justify="left", title_style="bold", caption=note,
         caption_justify="left",
     )  # fmt: skip
-    for i, column in enumerate(table.columns):
+    written = cells(table)
+    for x, column in enumerate(table.columns):
         left = column.form == "text"
-        name = i < 2 and left
-        drawn.add_column(column.name, justify="left" if left else "right", no_wrap=name or not left)
+        widest = max((len(row[x]) for row in written), default=0)
+        heading = "\n".join(textwrap.wrap(column.name, max(widest, _NARROW)))
+        drawn.add_column(heading, justify="left" if left else "right", no_wrap=widest <= _WIDE)
     before = None
-    for y, row in enumerate(cells(table)):
+    for y, row in enumerate(written):
         first, row = row[0], list(row)
         if table.grouped and y and first != before:
             drawn.add_section()

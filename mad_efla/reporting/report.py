@@ -259,7 +259,7 @@ def _difficulty(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     found: dict[str, list[Panel]] = {}
     for task, lines in part.by_task().items():
         at = {(line.setting, line.mixer): line.accuracy for line in lines}
-        for title, field, settings in _axes(lines):
+        for title, field, settings in _axes({c.setting: c.runs[0] for c in lines}):
             own = []
             for name in part.names:
                 points = [(x, y) for x, s in settings if (y := at.get((s, name)))]
@@ -299,12 +299,12 @@ def _by_task(
     ]
 
 
-def _axes(found: list[Cell]) -> Iterator[tuple[str, str, list[tuple[Any, str]]]]:
+def _axes(settings: dict[str, RunConfig]) -> Iterator[tuple[str, str, list[tuple[Any, str]]]]:
     """Find fields of task and data along which settings differ in nothing else.
 
     Yields a title, the field, and its values with the settings that have them, rising.
     """
-    flat = {cell.setting: _condition_fields(cell.runs[0]) for cell in found}
+    flat = {label: _condition_fields(run) for label, run in settings.items()}
     for field in dict.fromkeys(f for fields in flat.values() for f in fields):
         groups: dict[str, dict[Any, str]] = {}
         for label, fields in flat.items():

@@ -120,6 +120,7 @@ class Planned(Section):
         fingerprint: The run's name.
         setting: The setting's label in this sweep.
         mixer: The mixer's label.
+        code: Digest of the source of a mixer that is the user's own, else empty.
         condition: Digest of task, data, model and budget, see `RunConfig.condition`.
         point: Digest of the grid point, see `RunConfig.point`.
         seed: The run's seed.
@@ -129,6 +130,7 @@ class Planned(Section):
     fingerprint: str
     setting: str
     mixer: str
+    code: str = ""
     condition: str
     point: str
     seed: int
@@ -167,5 +169,6 @@ def planned(run: RunConfig, *, chooses: bool = False) -> Planned:
     """Note what a run is."""
     return Planned(
         fingerprint=run.fingerprint, setting=run.setting, mixer=run.mixer,
-        condition=run.condition, point=run.point, seed=run.seed, chooses=chooses,
+        code=run.mixer_code, condition=run.condition, point=run.point, seed=run.seed,
+        chooses=chooses,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 
 from mad_efla import spectrum
 from mad_efla.config import ConfigError
-from mad_efla.reporting import figures, tables
+from mad_efla.reporting import figures, renderers, tables
 from mad_efla.reporting.figures import artifacts, spectra
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.sweeps import read_sweeps
@@ -260,12 +260,13 @@ def test_the_table_shows_differences_from_one_run():
         "two": {"spectrum/x": 3.0, "spectrum/layer0/x": 1.25, "spectrum/layer2/y": 7.0},
     }
     table = tables.spectra(made, "one")
-    columns = {str(column.header): list(column.cells) for column in table.columns}
+    written = zip(*renderers.cells(table), strict=True)
+    columns = {c.name: list(words) for c, words in zip(table.columns, written, strict=True)}
     assert columns[""] == ["layer0/x", "layer2/y", "layer10/y", "x"]
     assert columns["one"] == ["1.5", "", "4", "1"]
     assert columns["two"] == ["1.25", "7", "", "3"]
     assert columns["difference"] == ["-0.25", "", "", "+2"]
-    assert len(tables.spectra(made, None).columns) == 3
+    assert len(tables.spectra(made, None).columns) == 4
 
 
 # ------------------------------------------------------------------ the command

@@ -202,7 +202,7 @@ def test_what_failed_diverged_or_is_missing_is_named(tmp_path):
     assert "Failed and diverged" in titles(text)
     for words in (
         "no &lt;memory&gt;", "Ctrl-C", "loss not finite at step 3", failed.fingerprint,
-        diverged.fingerprint, "without a folder", "3 of 12 runs missing, 1 diverged",
+        diverged.fingerprint, "without a folder", "1 diverged, 4 missing",
         "21 of 25 runs are done",
     ):  # fmt: skip
         assert words in text, words
@@ -215,7 +215,7 @@ def test_a_diverged_run_pulls_its_learning_curve_to_zero(tmp_path):
     gone = result(runs[1].fingerprint, status="diverged", test=None, validation=None, steps=25)
     RunFolder(tmp_path, runs[1].fingerprint).finish(gone)
     (part,) = report._parts(tmp_path)
-    curve = report._curve(part.lines["recall"][0], part, "recall")
+    curve = report._curve(part.board.cells[0], part)
     assert curve.x == [10, 20, 25, 30]
     assert curve.y[-1].mean == pytest.approx((accuracy(runs[0]) + accuracy(runs[1])) / 2)
 
@@ -229,7 +229,7 @@ def test_plans_protocols_and_unlike_budgets_are_kept_apart(tmp_path):
     text = page(tmp_path)
     assert re.findall(r"<h2>(.*?)</h2>", text) == ["both, protocol custom", "one, protocol custom"]
     (both, one) = report._parts(tmp_path)
-    assert len(both.lines["recall"]) == 2 * len(one.lines["recall"]) == 12
+    assert len(both.board.cells) == 2 * len(one.board.cells) == 12
     assert both.board.tasks[0].settings == 6
 
 
@@ -241,7 +241,7 @@ def test_an_axis_is_a_field_in_which_settings_differ_alone():
         tiny(setting="vocab_size=10", task__vocab_size=10),
         tiny(setting="both", task__vocab_size=16, task__seq_len=20),
     ]
-    axes = {field: settings for _, field, settings in report._axes(runs)}
+    axes = {field: settings for _, field, settings in report._axes({r.setting: r for r in runs})}
     assert axes == {
         "task.seq_len": [(8, "seq_len=8"), (12, "baseline"), (16, "seq_len=16")],
         "task.vocab_size": [(8, "baseline"), (10, "vocab_size=10")],
@@ -253,7 +253,11 @@ def test_axes_of_one_field_say_in_what_they_differ():
         tiny(setting=f"{n} {m}", task__seq_len=n, task__vocab_size=m)
         for n in (8, 12) for m in (8, 10)
     ]  # fmt: skip
-    found = [title for title, field, _ in report._axes(runs) if field == "task.seq_len"]
+    found = [
+        title
+        for title, field, _ in report._axes({r.setting: r for r in runs})
+        if field == "task.seq_len"
+    ]
     assert found == ["vocab_size=8", "vocab_size=10"]
 
 
