@@ -27,7 +27,7 @@ def says_errors(function: Callable[..., Any]) -> Callable[..., Any]:
         except ConfigError as error:
             raise click.UsageError(str(error)) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            if error.errno in (None, errno.EPIPE):  # not the system's; the reader has gone
                 raise
             raise click.ClickException(f"{error}; once it can, the same command goes on") from None
 

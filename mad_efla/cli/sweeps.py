@@ -175,7 +175,7 @@ def _sweep(
             waiting = [r for r in runs if r.fingerprint not in settled]
             if sweeps[0].search:
                 for found, record in zip(sweeps, records, strict=True):
-                    _explore(found, record, out, runner, deadline)
+                    _explore(found, record, out, runner, deadline, retry_failed)
             elif waiting:
                 costs = costs.Costs(runs).read(out)
                 with live.Follow(runs, waiting, costs, runner.slots) as follow:
@@ -200,8 +200,9 @@ def _sweep(
 
 
 def _explore(
-    found: "Sweep", record: "SweepRecord", out: Path, runner: "Executor", deadline: float
-) -> None:
+    found: "Sweep", record: "SweepRecord", out: Path, runner: "Executor", deadline: float,
+    retry_failed: bool,
+) -> None:  # fmt: skip
     """Make the trials of a sweep that searches."""
     from mad_efla.execution import costs, search
     from mad_efla.execution.local import Local
@@ -212,7 +213,7 @@ def _explore(
             f"plan {found.plan}: search proposes a trial when a worker of this machine is free; "
             "use --executor local"
         )
-    work = search.Explore(found, record, out, costs.Costs([]))
+    work = search.Explore(found, record, out, costs.Costs([]), retry_failed=retry_failed)
     with live.Follow(work.runs, list(work.waiting.values()), work.costs, runner.slots,
                         work.total) as follow:  # fmt: skip
         runner.perform(work, watch=follow.update, deadline=deadline, limits=found.limits)

@@ -83,11 +83,14 @@ def attempt(
     try:
         with _hold(folder, stop, wait) as held:
             if held and folder.result() is None:  # another sweep may just have made it
+                folder.quarantine()
                 began()
                 _make(folder, device, about, stop, limits, verdict)
             return held
     except Fenced:  # a run taken over is not ours
         return False
+    except ConfigError:  # a newer version's: nothing of it is touched
+        return True
 
 
 def _make(

@@ -87,8 +87,11 @@ class Work:
 
 
 def mark_interrupted(runs: list[RunConfig], out: Path) -> None:
-    """Mark what was begun and neither ended nor said why."""
+    """Mark what was begun and neither ended nor said why, where nobody else holds it."""
     for run in runs:
         folder = RunFolder(out, run.fingerprint)
-        if folder.status() == "interrupted" and folder.failure() is None:
-            folder.fail("interrupted", "stopped with the sweep", "")
+        if folder.status() != "interrupted" or folder.failure() is not None:
+            continue
+        with folder.lock() as free:  # another sweep may have gone on with it meanwhile
+            if free and folder.result() is None and folder.failure() is None:
+                folder.fail("interrupted", "stopped with the sweep", "")

@@ -38,6 +38,7 @@ class Explore(Work):
         record: As found in the folder; its runs are played again. Rewritten with each trial.
         out: The folder of run folders.
         costs: Told of each run.
+        retry_failed: Make trials again that failed by an error of their own.
 
     Attributes:
         record: What it has become.
@@ -46,7 +47,10 @@ class Explore(Work):
         ConfigError: Optuna is not installed.
     """
 
-    def __init__(self, sweep: Sweep, record: SweepRecord, out: Path, costs: Costs):
+    def __init__(
+        self, sweep: Sweep, record: SweepRecord, out: Path, costs: Costs, *,
+        retry_failed: bool = False,
+    ):  # fmt: skip
         super().__init__([], out, costs)
         assert sweep.search
         there = tuple(f for f in record.fingerprints if (out / f / "config.json").exists())
@@ -59,7 +63,9 @@ class Explore(Work):
             self._take(study, run)
             study.again(run)
             self._read(run)
-            if study.ends(run, RunFolder(out, fingerprint)):
+            failure = RunFolder(out, fingerprint).failure()
+            again = retry_failed and failure is not None and failure.kind == "failed"
+            if not again and study.ends(run, RunFolder(out, fingerprint)):
                 self.needs.drop(run)
             else:
                 self.waiting[fingerprint] = run

@@ -50,6 +50,7 @@ PROTOCOLS: dict[str, dict[str, tuple[Any, ...]]] = {
         "optim.lr": (1e-4, 5e-4, 1e-3),
         "optim.weight_decay": (0.0, 0.1),
         "optim.schedule": ("cosine",),
+        "optim.decay": ("matrices",),
         "optim.min_lr": (1e-6,),
         "optim.warmup_steps": (0,),
         "optim.grad_clip": (None,),
@@ -66,6 +67,8 @@ PROTOCOLS: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 PROTOCOLS["mad-lab"] = PROTOCOLS["mad"] | {
     "optim.schedule": ("constant",),
+    "optim.decay": ("all",),
+    "train.stop_metric": ("macro_accuracy",),
     "train.select_split": ("test",),
     "train.select_metric": ("loss",),
     "train.stop_at": (0.999,),
@@ -108,7 +111,9 @@ class OptimConfig(Section):
 
     Attributes:
         lr: Peak learning rate.
-        weight_decay: Decoupled weight decay, on matrices only (not on norms, biases, gates).
+        weight_decay: Decoupled weight decay.
+        decay: On what: `matrices` leaves norms, biases and gates alone; `all` is the reference's
+            one group.
         betas: Of Adam.
         schedule: `cosine` falls from lr to min_lr over the whole budget; `constant` stays.
         min_lr: Where the cosine ends.
@@ -118,6 +123,7 @@ class OptimConfig(Section):
 
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    decay: Literal["matrices", "all"] = "matrices"
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Literal["cosine", "constant"] = "cosine"
     min_lr: float = Field(1e-6, ge=0)
@@ -140,7 +146,8 @@ class TrainConfig(Section):
         select_split: Which split chooses the weights that are scored (`test` only to reproduce
             published protocols); `none` takes the last.
         select_metric: By highest token accuracy (ties: lower loss) or lowest loss.
-        stop_at: End early when token accuracy on `select_split` reaches this.
+        stop_at: End early when accuracy on `select_split` reaches this.
+        stop_metric: Which accuracy that is: by token, or averaged over classes.
     """
 
     batch_size: int = Field(128, ge=1)
@@ -152,6 +159,7 @@ class TrainConfig(Section):
     select_split: Literal["validation", "test", "none"] = "validation"
     select_metric: Literal["token_accuracy", "loss"] = "token_accuracy"
     stop_at: float | None = Field(None, gt=0, le=1)
+    stop_metric: Literal["token_accuracy", "macro_accuracy"] = "token_accuracy"
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -179,7 +187,11 @@ class Limits(Section):
 
 
 # Fields that runs of earlier versions do not have; at these values they are left out of the name.
-_LATER: dict[tuple[str, str], Any] = {("", "code"): {}}
+_LATER: dict[tuple[str, str], Any] = {
+    ("", "code"): {},
+    ("optim", "decay"): "matrices",
+    ("train", "stop_metric"): "token_accuracy",
+}
 
 
 class RunConfig(Section):

@@ -15,7 +15,6 @@ import os
 import secrets
 import socket
 import threading
-import time
 from pathlib import Path
 
 LEASE_SECONDS = 60.0
@@ -90,9 +89,34 @@ def take(folder: Path) -> Claim | None:
 
 
 def is_held(folder: Path) -> bool:
-    """Tell whether some process holds the folder."""
+    """Tell whether some process holds the folder, by the clock of the folder's own disk.
+
+    Where nothing can be written, the newest time that is found beside it stands for the clock; a
+    claim whose owner died on another machine may then look held until something else is written.
+    """
     found = _claim(folder)
-    return found is not None and _holds(found, time.time())
+    if found is None or _modified(found) <= _RELEASED:
+        return False
+    return _holds(found, _clock(folder))
+
+
+def _clock(folder: Path) -> float:
+    temporary = folder / f".claim-{secrets.token_hex(8)}"
+    try:
+        file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError:
+        return max(map(_modified, [*folder.glob("*"), *folder.parent.glob("*/claim.*")]), default=0)
+    try:
+        return os.fstat(file).st_mtime
+    finally:
+        os.close(file)
+        temporary.unlink()
+
+
+def _modified(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return _RELEASED
 
 
 def _holds(path: Path, now: float) -> bool:

@@ -33,6 +33,10 @@ from mad_efla.runs import claims
 from mad_efla.runs.files import now, read_json, write_bytes, write_json
 from mad_efla.runs.schema import Failure, Result, Row, Status
 
+_READ: dict[str, Any] = {"result.json": Result, "failure.json": Failure}
+_BROKEN = "cannot be read"
+_NEWER = "was written by a newer version, with fields that this one does not know"
+
 
 class RunFolder:
     """The folder of one run.
@@ -42,7 +46,7 @@ class RunFolder:
         fingerprint: Which run.
 
     Attributes:
-        notes: Sentences for the user about what was found broken and set aside.
+        notes: Sentences for the user about what cannot be read, and what was set aside.
     """
 
     def __init__(self, out: Path, fingerprint: str):
@@ -57,10 +61,12 @@ class RunFolder:
         return self.path / "figures"
 
     def create(self, run: RunConfig) -> None:
-        """Make the folder and write the configuration into it, if it is not there."""
+        """Make the folder and write the configuration into it, unless it is there and whole."""
         self.path.mkdir(parents=True, exist_ok=True)
         config = self.path / "config.json"
-        if not config.exists():
+        if not isinstance(read_json(config), dict):
+            if config.exists():
+                self._set_aside(config, "cannot be read; it is written again")
             write_json(config, run.model_dump(mode="json"))
 
     def run(self) -> RunConfig:
@@ -117,11 +123,11 @@ class RunFolder:
     # -------------------------------------------------------------- results
 
     def result(self) -> Result | None:
-        """Read the result; a broken one is set aside and the run counts as not done."""
+        """Read the result; None, and a note, for one that cannot be read. Nothing is touched."""
         return self._read("result.json", Result)
 
     def failure(self) -> Failure | None:
-        """Read why the last attempt ended without a result."""
+        """Read why the last attempt ended without a result; as `result`."""
         return self._read("failure.json", Failure)
 
     def begin(self) -> None:
@@ -154,18 +160,49 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "failure.json", failure.model_dump(mode="json"))
 
+    def refuse_newer(self) -> None:
+        """Make sure that an older version does not take a newer one's files for broken.
+
+        Raises:
+            ConfigError: There is a file with fields that this version does not know.
+        """
+        for name, model in _READ.items():
+            if self._examine(name, model)[1] == _NEWER:
+                raise ConfigError(
+                    f"{self.path / name}: {_NEWER}; update mad-efla, or name another --out"
+                )
+
+    def quarantine(self) -> None:
+        """Set aside what is broken; only whoever holds the run may.
+
+        Raises:
+            ConfigError: As `refuse_newer`.
+        """
+        self.refuse_newer()
+        for name, model in _READ.items():
+            if self._examine(name, model)[1] == _BROKEN:
+                self._set_aside(self.path / name, f"{_BROKEN}; the run is made again")
+
     def _read(self, name: str, model: Any) -> Any:
-        path = self.path / name
-        if not path.exists():
-            return None
+        found, problem = self._examine(name, model)
+        if problem and (note := f"{self.path / name}: {problem}") not in self.notes:
+            self.notes.append(note)
+        return found
+
+    def _examine(self, name: str, model: Any) -> tuple[Any, str]:
+        """Read a file; return what it holds, or what is wrong with it."""
         try:
-            found = model.model_validate_json(path.read_bytes())
-            if getattr(found, "fingerprint", self.fingerprint) == self.fingerprint:
-                return found
-        except (ValidationError, ValueError):
-            pass
-        self._set_aside(path, "cannot be read; the run is made again")
-        return None
+            found = model.model_validate_json((self.path / name).read_bytes())
+        except FileNotFoundError:
+            return None, ""
+        except OSError as error:
+            return None, error.strerror or str(error)
+        except ValidationError as error:
+            unknown = all(e["type"] == "extra_forbidden" for e in error.errors())
+            return None, _NEWER if unknown else _BROKEN
+        if getattr(found, "fingerprint", self.fingerprint) != self.fingerprint:
+            return None, _BROKEN
+        return found, ""
 
     def _set_aside(self, path: Path, why: str) -> None:
         aside = next(
@@ -267,13 +304,21 @@ def given_up(out: Path, runs: Iterable[RunConfig]) -> set[str]:
 
 
 def mend(out: Path, fingerprints: list[str]) -> list[str]:
-    """Set aside what is broken in the folders of runs; return what was found, for the user."""
+    """Set aside what is broken in the folders of runs; return what was found, for the user.
+
+    Raises:
+        ConfigError: A newer version wrote there; nothing was touched.
+    """
+    folders = [RunFolder(out, fingerprint) for fingerprint in fingerprints]
+    for folder in folders:
+        folder.refuse_newer()
     notes = []
-    for fingerprint in fingerprints:
-        folder = RunFolder(out, fingerprint)
+    for folder in folders:
         if folder.path.exists() and folder.result() is None:
+            folder.notes.clear()
             with folder.lock() as free:
                 if free:
+                    folder.quarantine()
                     folder.whole_checkpoint()
         notes += folder.notes
     return notes

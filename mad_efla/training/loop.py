@@ -292,9 +292,11 @@ class Loop:
         if key > self.chosen_key:
             self.chosen_key, self.chosen_step, self.scored = key, self.step, seen
             self.chosen = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        if train.stop_at is not None and scores.token_accuracy >= train.stop_at:
+        reached = getattr(scores, train.stop_metric)
+        if train.stop_at is not None and reached >= train.stop_at:
+            name = train.stop_metric.replace("_", " ")
             self.stopped = (
-                f"solved: {train.select_split} token accuracy {scores.token_accuracy:.4f} "
+                f"solved: {train.select_split} {name} {reached:.4f} "
                 f"reached {train.stop_at} at step {self.step}"
             )
 

@@ -267,11 +267,14 @@ def _leave_the_default_stream() -> None:
 
 
 def _adamw(module: nn.Module, config: OptimConfig, capturable: bool) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: norms, biases and gates are left alone."""
-    parameters = list(module.parameters())
+    """AdamW that decays matrices only, or everything, see `OptimConfig.decay`."""
+    parameters, every = list(module.parameters()), config.decay == "all"
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if every or p.ndim >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for p in parameters if not every and p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, fused=True, capturable=capturable

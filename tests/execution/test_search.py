@@ -49,7 +49,7 @@ def learns(monkeypatch):
     monkeypatch.setattr("mad_efla.execution.attempt.train", train)
 
 
-def explore(tmp_path, plan=SEARCH, out="runs", stop_after=None, **sets):
+def explore(tmp_path, plan=SEARCH, out="runs", stop_after=None, retry_failed=False, **sets):
     """Make the trials of a plan in this process; return their runs in order."""
     found = expanded(tmp_path, plan, sets=[f"{k.replace('__', '.')}={v}" for k, v in sets.items()])
     folder = tmp_path / out
@@ -58,7 +58,7 @@ def explore(tmp_path, plan=SEARCH, out="runs", stop_after=None, **sets):
         id=found.id, task=found.task, plan=found.plan, protocol=found.protocol, command="",
         fingerprints=(), started=1, ended=None,
     )  # fmt: skip
-    work = search.Explore(found, record, folder, Costs([]))
+    work = search.Explore(found, record, folder, Costs([]), retry_failed=retry_failed)
     seen = []
 
     def watch(events):
@@ -180,3 +180,14 @@ def test_without_optuna_the_cure_is_said(tmp_path, monkeypatch):
     assert expanded(tmp_path, SEARCH).search
     with pytest.raises(ConfigError, match=r"pip install 'mad-efla\[search\]'"):
         explore(tmp_path)
+
+
+def test_trials_that_failed_are_made_again_when_asked(tmp_path, learns, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("mad_efla.execution.attempt.train", lambda run, folder, **rest: 1 / 0)
+        runs = explore(tmp_path, search__trials=2)
+    assert set(statuses(tmp_path, runs)) == {"failed"}
+    assert explore(tmp_path, search__trials=2) == runs
+    assert set(statuses(tmp_path, runs)) == {"failed"}
+    assert explore(tmp_path, search__trials=2, retry_failed=True) == runs
+    assert set(statuses(tmp_path, runs)) == {"finished"}

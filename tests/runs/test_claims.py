@@ -172,3 +172,12 @@ def test_four_sweeps_at_once_make_each_run_once(tmp_path, monkeypatch):
         thread.join()
     assert sorted(made) == sorted(r.fingerprint for r in runs)
     assert all(RunFolder(tmp_path, r.fingerprint).status() == "finished" for r in runs)
+
+
+def test_whether_a_folder_is_held_is_asked_of_its_own_clock(tmp_path, monkeypatch):
+    held = claims.take(tmp_path)
+    monkeypatch.setattr("time.time", lambda: 4e9)  # this machine's clock is far ahead
+    assert claims.is_held(tmp_path)
+    held.release()
+    assert not claims.is_held(tmp_path)
+    assert not list(tmp_path.glob(".claim-*"))

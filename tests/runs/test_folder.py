@@ -1,13 +1,17 @@
 """What a run folder promises: whole files or none, and nothing deleted in silence."""
 
+import json
 import random
 
 import pytest
 import torch
 
 from mad_efla.config import ConfigError
+from mad_efla.execution.attempt import attempt
+from mad_efla.execution.queue import mark_interrupted
+from mad_efla.runs import claims
 from mad_efla.runs.files import ensure_writable, write_bytes
-from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.folder import RunFolder, mend
 from mad_efla.runs.schema import Result, Row, Scores, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps, write_sweep
 from tests.tiny import tiny
@@ -62,14 +66,65 @@ def test_status_follows_the_life_of_a_run(folder):
 
 
 @pytest.mark.parametrize("broken", [b"", b"{", b'{"status": "finished"}', b"\0\xff"])
-def test_a_broken_result_is_set_aside_and_said(folder, broken):
-    (folder.path / "result.json").write_bytes(broken)
-    assert folder.result() is None
-    assert "set aside as result.json.broken-1" in folder.notes[0]
+def test_a_broken_result_is_said_by_readers_and_set_aside_by_sweeps(folder, broken):
+    path = folder.path / "result.json"
+    path.write_bytes(broken)
+    before = sorted(folder.path.iterdir())
+    assert folder.result() is None and folder.status() == "waiting"
+    assert folder.notes == [f"{path}: cannot be read"]
+    assert sorted(folder.path.iterdir()) == before and path.read_bytes() == broken
+    (note,) = mend(folder.path.parent, [folder.fingerprint])
+    assert "set aside as result.json.broken-1" in note
     assert (folder.path / "result.json.broken-1").read_bytes() == broken
-    (folder.path / "result.json").write_bytes(broken)
-    assert folder.result() is None
+    path.write_bytes(broken)
+    mend(folder.path.parent, [folder.fingerprint])
     assert (folder.path / "result.json.broken-2").exists()
+
+
+def test_a_newer_versions_result_is_touched_by_nobody(folder):
+    folder.finish(result(folder.fingerprint))
+    path = folder.path / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"energy_joules": 3}))
+    before = {p: p.read_bytes() for p in folder.path.iterdir()}
+    assert folder.result() is None
+    assert "written by a newer version" in folder.notes[0]
+    with pytest.raises(ConfigError, match=r"newer version.*update mad-efla, or name another --out"):
+        mend(folder.path.parent, [folder.fingerprint])
+    assert {p: p.read_bytes() for p in folder.path.iterdir()} == before
+    assert attempt(folder, "cpu", {}, lambda: False)
+    assert path.read_bytes() == before[path]
+    assert folder.failure() is None
+
+
+@pytest.mark.parametrize("broken", [None, b"", b"[]"])
+def test_a_sweep_restores_a_configuration(folder, broken):
+    run, path = folder.run(), folder.path / "config.json"
+    path.unlink()
+    if broken is not None:
+        path.write_bytes(broken)
+    folder.create(run)
+    assert folder.run() == run
+
+
+def test_what_another_holds_is_not_marked_interrupted(folder):
+    run = folder.run()
+    folder.append([Row(1, 5, {"a": 1.0})])
+    other = RunFolder(folder.path.parent, folder.fingerprint)
+    status = RunFolder.status
+    with pytest.MonkeyPatch.context() as patch:
+
+        def then_taken(found):
+            answer = status(found)
+            if other._claim is None:
+                other._claim = claims.take(folder.path)
+            return answer
+
+        patch.setattr(RunFolder, "status", then_taken)
+        mark_interrupted([run], folder.path.parent)
+    assert folder.failure() is None
+    other._claim.release()
+    mark_interrupted([run], folder.path.parent)
+    assert folder.failure().kind == "interrupted"
 
 
 def test_a_result_of_another_run_does_not_count(folder):
