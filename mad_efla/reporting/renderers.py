@@ -5,6 +5,7 @@ import io
 import re
 import textwrap
 
+import rich.box
 import rich.table
 from markupsafe import Markup, escape
 from rich.text import Text
@@ -12,7 +13,7 @@ from rich.text import Text
 from mad_efla.analysis.statistics import Interval
 from mad_efla.reporting.table import Table, text
 
-_NARROW, _WIDE = 9, 32  # letters: of a heading's line at least, of a value that is not broken
+_NARROW, _WIDE = 10, 32  # letters: of a heading's line at least, of a value that is not broken
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -32,7 +33,7 @@ def terminal(table: Table) -> rich.table.Table:
     note = table.note or None
     drawn = rich.table.Table(
         title=table.title or None, title_justify="left", title_style="bold", caption=note,
-        caption_justify="left",
+        caption_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
     written = cells(table)
     for x, column in enumerate(table.columns):

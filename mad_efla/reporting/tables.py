@@ -52,7 +52,7 @@ def _range(cell: "Cell") -> str:
 
 
 def _steps(value: float | None) -> Value:
-    return "not reached" if value is None else round(value)
+    return "-" if value is None else round(value)
 
 
 def point(fields: dict[str, object]) -> str:

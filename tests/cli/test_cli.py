@@ -240,7 +240,7 @@ def test_bench_shows_a_ratio_for_each_mixer(files):
 def test_score_reads_what_the_sweep_left(files):
     call(*SWEEP)
     text = call("score").stdout
-    for part in ("plan plan, protocol custom", "mean over tasks", "paired", "efla(heads=2)"):
+    for part in ("plan plan, protocol custom", "rank", "Differences in points", "efla(heads=2)"):
         assert part in text
     assert json.loads(call("score", "runs", "--json").stdout)[0]["protocol"] == "custom"
     assert call("score", "--csv").stdout == call("score", "--csv").stdout

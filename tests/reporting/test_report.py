@@ -202,7 +202,7 @@ def test_what_failed_diverged_or_is_missing_is_named(tmp_path):
     assert "Failed and diverged" in titles(text)
     for words in (
         "no &lt;memory&gt;", "Ctrl-C", "loss not finite at step 3", failed.fingerprint,
-        diverged.fingerprint, "without a folder", "1 diverged, 4 missing",
+        diverged.fingerprint, "without a folder", "1 diverged, 3 missing",
         "21 of 25 runs are done",
     ):  # fmt: skip
         assert words in text, words
