@@ -587,6 +587,13 @@ def test_of_a_baseline_everything_can_be_answered(name):
 # ------------------------------------------------------------------ mqar
 
 
+def test_the_file_of_mqar_holds_the_published_lengths_and_pairs():
+    found = {(s.task.seq_len, s.task.pairs) for s in settings_of("mqar")}
+    rwkv7 = {(64, 4), (128, 8), (256, 16), (512, 64), (1024, 128), (2048, 256)}
+    assert found >= rwkv7 | {(256, pairs) for pairs in (4, 8, 16, 32, 64)}
+    assert all(s.task.vocab_size == 8192 for s in settings_of("mqar"))
+
+
 def test_mqar_asks_once_for_each_key_and_shows_nothing_twice():
     task = MQAR(vocab_size=40, seq_len=32, pairs=6)
     examples = task.sample(500, data.stream(0, "test"), "test", None)
