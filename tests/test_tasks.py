@@ -16,6 +16,7 @@ from mad_efla.tasks.fuzzy_recall import FuzzyRecall
 from mad_efla.tasks.memorization import Memorization
 from mad_efla.tasks.mqar import MQAR
 from mad_efla.tasks.noisy_recall import NoisyRecall
+from mad_efla.tasks.parity import Parity
 from mad_efla.tasks.recall import Recall
 from mad_efla.tasks.selective_copying import SelectiveCopying
 
@@ -84,6 +85,11 @@ STRATEGIES = {
         Recall, vocab_size=st.integers(5, 200), seq_len=even, multi_query=st.booleans()
     ),
     "selective_copying": copyings(),
+    "parity": st.builds(
+        lambda n, short: Parity(seq_len=n, shortest=short and min(short, n)),
+        st.integers(1, 60),
+        st.none() | st.integers(1, 60),
+    ),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -95,6 +101,7 @@ DIGESTS = {
     "noisy_recall": (1, "5168d31a3b9e3b05"),
     "recall": (1, "d2f5f6a365796094"),
     "selective_copying": (1, "09523d3d5cc3f58f"),
+    "parity": (1, "67102b9e949ce56d"),
 }
 
 
@@ -121,7 +128,7 @@ def test_defaults_are_valid_and_the_shipped_file_holds_them(name):
 
 
 @given(any_task(), st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_the_solver_answers_everything_from_the_prefix(task, seed):
     world = task.world(data.stream(seed, "world"))
     for split in data.SPLITS:
@@ -151,6 +158,17 @@ def test_shapes_types_and_ids_are_as_promised(task, seed):
     if examples.next_tokens is not None:
         assert np.array_equal(examples.next_tokens[:, :-1], examples.inputs[:, 1:])
         assert np.array_equal(examples.next_tokens[scored], examples.targets[scored])
+
+
+@given(any_task(), st.sampled_from([2, 4, 8]))
+@settings(max_examples=100, deadline=None)
+def test_a_longer_sequence_has_the_same_vocabulary_and_is_solved(task, times):
+    fields = task.model_dump()
+    longer = type(task)(**{**fields, "seq_len": times * fields["seq_len"]})
+    assert longer.vocabulary == task.vocabulary
+    assert longer.input_length > task.input_length
+    world = task.world(data.stream(0, "world"))
+    assert solved(longer, longer.sample(5, data.stream(0, "test"), "test", world), world) == 1.0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -311,6 +329,9 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("mqar", {"gap_power": 0.0}, "gap_power=0.0 must be in (0, 1]; the published value is"),
         ("mqar", {"gap_power": 1.5}, "gap_power=1.5 must be in (0, 1]"),
         ("mqar", {"random_filler": 3}, "random_filler=3: input should be a valid boolean"),
+        ("parity", {"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ("parity", {"shortest": 41}, "shortest=41 must be at most seq_len = 40; leave it"),
+        ("parity", {"shortest": 0}, "shortest=0 must be at least 1"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
