@@ -1,9 +1,11 @@
 """Tasks of state tracking: what each asks is held to a second way of finding it out."""
 
 import numpy as np
+import pytest
 
 from mad_efla import data
 from mad_efla.tasks import IGNORE
+from mad_efla.tasks.modular_arithmetic import ModularArithmetic
 from mad_efla.tasks.parity import Parity
 
 
@@ -32,3 +34,43 @@ def test_parity_is_scored_at_one_length():
     for split in ("validation", "test"):
         assert drawn(Parity(seq_len=12), 200, split).inputs.max() == 1
     assert drawn(Parity(seq_len=12, shortest=None), 200, "train").inputs.max() == 1
+
+
+# ------------------------------------------------------------------ modular arithmetic
+
+
+@pytest.mark.parametrize("brackets", [False, True])
+@pytest.mark.parametrize("operators", ["+", "+-", "+-*"])
+def test_an_expression_has_the_value_that_python_gives_it(brackets, operators):
+    task = ModularArithmetic(seq_len=24, brackets=brackets, operators=operators, modulus=7)
+    examples = drawn(task, 300, "train")
+    for row, targets in zip(examples.inputs, examples.targets, strict=True):
+        names = [
+            str(t) if r == "digit" else r for t, r in zip(row, task.describe(row), strict=True)
+        ]
+        end = names.index("=")
+        assert set(names[end + 1 :]) <= {"pad"}
+        assert np.flatnonzero(targets != IGNORE).tolist() == [end]
+        assert targets[end] == eval("".join(names[:end])) % 7  # it holds digits and + - * ( )
+
+
+def test_brackets_hold_two_halves_whose_lengths_are_drawn_alike():
+    task = ModularArithmetic(seq_len=12, brackets=True, operators="+-")
+    rows = drawn(task, 20_000).inputs
+    plus, opening, closing = 5, 8, 9
+    assert (rows[:, 0] == opening).all()
+    assert (rows[:, -2] == closing).all()
+    depth = ((rows == opening).astype(int) - (rows == closing)).cumsum(axis=1)
+    split = (depth[:, 1:-2] == 1) & np.isin(rows[:, 1:-2], (plus, plus + 1))
+    unary = ~np.isin(rows[:, :-3], (*range(5), closing))  # a minus behind no operand
+    left = (split & ~unary).argmax(axis=1)
+    assert ((split & ~unary).sum(axis=1) == 1).all()
+    assert np.abs(np.bincount(left, minlength=8)[1:] / 20_000 - 1 / 7).max() < 0.01
+
+
+def test_operators_and_digits_are_drawn_alike():
+    rows = drawn(ModularArithmetic(shortest=None), 5_000).inputs
+    digits, signs = rows[:, ::2], rows[:, 1:-1:2]
+    assert np.abs(np.bincount(digits.ravel()) / digits.size - 1 / 5).max() < 0.005
+    assert np.abs(np.bincount(signs.ravel() - 5) / signs.size - 1 / 3).max() < 0.005
+    assert (rows[:, -1] == 10).all()

@@ -14,6 +14,7 @@ from mad_efla.tasks import IGNORE, RealTask
 from mad_efla.tasks.compression import Compression
 from mad_efla.tasks.fuzzy_recall import FuzzyRecall
 from mad_efla.tasks.memorization import Memorization
+from mad_efla.tasks.modular_arithmetic import ModularArithmetic
 from mad_efla.tasks.mqar import MQAR
 from mad_efla.tasks.noisy_recall import NoisyRecall
 from mad_efla.tasks.parity import Parity
@@ -63,6 +64,19 @@ def mqars(draw):
     )
 
 
+@st.composite
+def expressions(draw):
+    brackets = draw(st.booleans())
+    step = 1 if brackets else 2
+    return ModularArithmetic(
+        modulus=draw(st.integers(2, 30)),
+        seq_len=(longest := draw(st.integers(2, 40))) * step,
+        shortest=draw(st.none() | st.integers(2, longest).map(lambda n: n * step)),
+        operators=draw(st.sampled_from(["+", "+-", "+-*"])),
+        brackets=brackets,
+    )
+
+
 even = st.integers(2, 60).map(lambda n: 2 * n)
 
 # Random valid settings of each task.
@@ -90,6 +104,7 @@ STRATEGIES = {
         st.integers(1, 60),
         st.none() | st.integers(1, 60),
     ),
+    "modular_arithmetic": expressions(),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -102,6 +117,7 @@ DIGESTS = {
     "recall": (1, "d2f5f6a365796094"),
     "selective_copying": (1, "09523d3d5cc3f58f"),
     "parity": (1, "67102b9e949ce56d"),
+    "modular_arithmetic": (1, "6d645c97cae586f0"),
 }
 
 
@@ -332,6 +348,10 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("parity", {"seq_len": 0}, "seq_len=0 must be at least 1"),
         ("parity", {"shortest": 41}, "shortest=41 must be at most seq_len = 40; leave it"),
         ("parity", {"shortest": 0}, "shortest=0 must be at least 1"),
+        ("modular_arithmetic", {"modulus": 1}, "modulus=1 must be at least 2"),
+        ("modular_arithmetic", {"seq_len": 41}, "seq_len=41 must be a multiple of 2; use 40 or 42"),
+        ("modular_arithmetic", {"operators": "-"}, 'operators="-": input should be'),
+        ("modular_arithmetic", {"brackets": True, "seq_len": 1}, "seq_len=1 must be at least 2"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
