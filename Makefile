@@ -54,6 +54,7 @@ images: install
 	$(BIN)/mad-efla show mqar --set task.vocab_size=64 --set task.seq_len=24 --svg notebooks/images/tasks/mqar.svg
 	$(BIN)/mad-efla show parity --set task.seq_len=16 --svg notebooks/images/tasks/parity.svg
 	$(BIN)/mad-efla show modular_arithmetic --set task.seq_len=20 --set task.brackets=true --svg notebooks/images/tasks/modular_arithmetic.svg
+	$(BIN)/mad-efla show group_words --set task.seq_len=20 --svg notebooks/images/tasks/group_words.svg
 	$(BIN)/mad-efla show digits --examples 1 --svg notebooks/images/tasks/digits.svg
 
 # Other projects' implementations beside ours, on a CPU: 25 MB of downloads.

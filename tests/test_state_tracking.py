@@ -5,6 +5,7 @@ import pytest
 
 from mad_efla import data
 from mad_efla.tasks import IGNORE
+from mad_efla.tasks.group_words import GroupWords, permutations, product_table
 from mad_efla.tasks.modular_arithmetic import ModularArithmetic
 from mad_efla.tasks.parity import Parity
 
@@ -65,6 +66,7 @@ def test_brackets_hold_two_halves_whose_lengths_are_drawn_alike():
     unary = ~np.isin(rows[:, :-3], (*range(5), closing))  # a minus behind no operand
     left = (split & ~unary).argmax(axis=1)
     assert ((split & ~unary).sum(axis=1) == 1).all()
+    assert abs((rows[:, 1:-2][split & ~unary] == plus).mean() - 1 / 2) < 0.015
     assert np.abs(np.bincount(left, minlength=8)[1:] / 20_000 - 1 / 7).max() < 0.01
 
 
@@ -74,3 +76,58 @@ def test_operators_and_digits_are_drawn_alike():
     assert np.abs(np.bincount(digits.ravel()) / digits.size - 1 / 5).max() < 0.005
     assert np.abs(np.bincount(signs.ravel() - 5) / signs.size - 1 / 3).max() < 0.005
     assert (rows[:, -1] == 10).all()
+
+
+# ------------------------------------------------------------------ group words
+
+
+@pytest.mark.parametrize(
+    ("group", "order", "commutes"),
+    [("Z2", 2, True), ("Z60", 60, True), ("S3", 6, False), ("A4", 12, False), ("S4", 24, False),
+     ("A5", 60, False), ("S5", 120, False)],
+)  # fmt: skip
+def test_product_tables_are_groups_whose_identity_is_0(group, order, commutes):
+    table = product_table(group)
+    assert table.shape == (order, order)
+    every = np.arange(order)
+    assert np.array_equal(table[0], every)
+    assert np.array_equal(table[:, 0], every)
+    assert np.array_equal(np.sort(table, axis=0), np.tile(every[:, None], order))
+    assert np.array_equal(np.sort(table, axis=1), np.tile(every, (order, 1)))
+    assert np.array_equal(table[table], table[every[:, None, None], table])  # (g h) k = g (h k)
+    assert np.array_equal(table, table.T) == commutes
+
+
+def test_alternating_groups_are_the_even_permutations():
+    for n, order in (("3", 3), ("4", 12), ("5", 60)):
+        points = permutations("A" + n)
+        assert len(points) == order
+        signs = [np.linalg.det(np.eye(int(n))[row]) for row in points]
+        assert np.allclose(signs, 1)
+
+
+def test_the_answer_is_where_all_elements_so_far_take_each_point():
+    task = GroupWords(group="S4", seq_len=20)
+    points = permutations("S4")
+    for row, targets in zip(*drawn(task, 50)[:2], strict=True):
+        where = list(range(4))
+        for element, answer in zip(row, targets, strict=True):
+            where = [int(points[element][x]) for x in where]
+            assert points[answer].tolist() == where
+
+
+def test_elements_and_products_are_drawn_alike():
+    inputs, targets, _ = drawn(GroupWords(group="A5", seq_len=32), 5_000)
+    for ids in (inputs, targets):
+        assert np.abs(np.bincount(ids.ravel(), minlength=60) / ids.size - 1 / 60).max() < 0.002
+
+
+def test_the_word_problem_of_two_elements_is_parity_asked_everywhere():
+    inputs, targets, _ = drawn(GroupWords(group="Z2", seq_len=32), 100)
+    assert np.array_equal(targets, inputs.cumsum(axis=1) % 2)
+
+
+def test_moves_draws_the_identity_and_swaps():
+    inputs = drawn(GroupWords(group="S5", seq_len=32, moves=2), 500).inputs
+    moved = (permutations("S5")[np.unique(inputs)] != np.arange(5)).sum(axis=1)
+    assert sorted(moved.tolist()) == [0] + [2] * 10

@@ -13,6 +13,7 @@ from mad_efla.sweep import settings as settings_of
 from mad_efla.tasks import IGNORE, RealTask
 from mad_efla.tasks.compression import Compression
 from mad_efla.tasks.fuzzy_recall import FuzzyRecall
+from mad_efla.tasks.group_words import GroupWords
 from mad_efla.tasks.memorization import Memorization
 from mad_efla.tasks.modular_arithmetic import ModularArithmetic
 from mad_efla.tasks.mqar import MQAR
@@ -105,6 +106,11 @@ STRATEGIES = {
         st.none() | st.integers(1, 60),
     ),
     "modular_arithmetic": expressions(),
+    "group_words": st.builds(
+        GroupWords,
+        group=st.sampled_from(["Z2", "Z3", "Z60", "S3", "A4", "S4", "A5", "S5"]),
+        seq_len=st.integers(1, 60),
+    ),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -118,6 +124,7 @@ DIGESTS = {
     "selective_copying": (1, "09523d3d5cc3f58f"),
     "parity": (1, "67102b9e949ce56d"),
     "modular_arithmetic": (1, "6d645c97cae586f0"),
+    "group_words": (1, "6674af7987b00b72"),
 }
 
 
@@ -352,6 +359,13 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("modular_arithmetic", {"seq_len": 41}, "seq_len=41 must be a multiple of 2; use 40 or 42"),
         ("modular_arithmetic", {"operators": "-"}, 'operators="-": input should be'),
         ("modular_arithmetic", {"brackets": True, "seq_len": 1}, "seq_len=1 must be at least 2"),
+        ("group_words", {"group": "S2"}, "group='S2' must be Z2 to Z1000, S3 to S6 or A3 to A6"),
+        ("group_words", {"group": "D4"}, "group='D4' must be Z2"),
+        ("group_words", {"group": "Z1"}, "group='Z1' must be Z2"),
+        ("group_words", {"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ("group_words", {"moves": 1}, "moves=1 must leave S3 something to draw"),
+        ("group_words", {"group": "A4", "moves": 2}, "moves=2 must leave A4"),
+        ("group_words", {"group": "Z5", "moves": 2}, "moves=2 must leave Z5"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
