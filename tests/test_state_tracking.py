@@ -5,6 +5,7 @@ import pytest
 
 from mad_efla import data
 from mad_efla.tasks import IGNORE
+from mad_efla.tasks.flip_flop import FlipFlop
 from mad_efla.tasks.group_words import GroupWords, permutations, product_table
 from mad_efla.tasks.modular_arithmetic import ModularArithmetic
 from mad_efla.tasks.parity import Parity
@@ -131,3 +132,37 @@ def test_moves_draws_the_identity_and_swaps():
     inputs = drawn(GroupWords(group="S5", seq_len=32, moves=2), 500).inputs
     moved = (permutations("S5")[np.unique(inputs)] != np.arange(5)).sum(axis=1)
     assert sorted(moved.tolist()) == [0] + [2] * 10
+
+
+# ------------------------------------------------------------------ flip-flop
+
+
+def test_flip_flop_draws_instructions_at_their_rates_and_scores_every_read():
+    task = FlipFlop(seq_len=64, ignore=0.7)
+    inputs, targets, _ = drawn(task, 5_000)
+    acts, bits = inputs[:, ::2], inputs[:, 1::2]
+    assert (acts[:, 0] == 2).all()
+    assert (acts[:, -1] == 3).all()
+    rates = np.bincount(acts[:, 1:-1].ravel(), minlength=5)[2:] / acts[:, 1:-1].size
+    assert np.abs(rates - (0.15, 0.15, 0.7)).max() < 0.005
+    assert np.array_equal(targets[:, ::2] != IGNORE, acts == 3)
+    assert (targets[:, 1::2] == IGNORE).all()
+    assert np.array_equal(targets[:, ::2][acts == 3], bits[acts == 3])
+    for act in (2, 4):
+        assert abs(bits[acts == act].mean() - 0.5) < 0.01
+
+
+def test_flip_flop_reads_the_last_write_whatever_is_to_be_ignored():
+    text = "w1i0i0r1w0i1r0r0"
+    row = np.array(["01wri".index(letter) for letter in text])
+    answers = FlipFlop(seq_len=16).solve(row, None)
+    assert answers[row == 3].tolist() == [1, 0, 0]
+    roles = FlipFlop(seq_len=16).describe(row)
+    assert [r for r in roles if len(r) > 1] == [
+        "bit",
+        "noise",
+        "noise",
+        *["bit"] * 2,
+        "noise",
+        *["bit"] * 2,
+    ]

@@ -12,6 +12,7 @@ from mad_efla.run import DataConfig, build_task
 from mad_efla.sweep import settings as settings_of
 from mad_efla.tasks import IGNORE, RealTask
 from mad_efla.tasks.compression import Compression
+from mad_efla.tasks.flip_flop import FlipFlop
 from mad_efla.tasks.fuzzy_recall import FuzzyRecall
 from mad_efla.tasks.group_words import GroupWords
 from mad_efla.tasks.memorization import Memorization
@@ -111,6 +112,7 @@ STRATEGIES = {
         group=st.sampled_from(["Z2", "Z3", "Z60", "S3", "A4", "S4", "A5", "S5"]),
         seq_len=st.integers(1, 60),
     ),
+    "flip_flop": st.builds(FlipFlop, seq_len=even, ignore=st.floats(0, 1)),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -125,6 +127,7 @@ DIGESTS = {
     "parity": (1, "67102b9e949ce56d"),
     "modular_arithmetic": (1, "6d645c97cae586f0"),
     "group_words": (1, "6674af7987b00b72"),
+    "flip_flop": (1, "5dc7f78ae967a5ba"),
 }
 
 
@@ -366,6 +369,9 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("group_words", {"moves": 1}, "moves=1 must leave S3 something to draw"),
         ("group_words", {"group": "A4", "moves": 2}, "moves=2 must leave A4"),
         ("group_words", {"group": "Z5", "moves": 2}, "moves=2 must leave Z5"),
+        ("flip_flop", {"seq_len": 2}, "seq_len=2 must be at least 4"),
+        ("flip_flop", {"seq_len": 7}, "seq_len=7 must be a multiple of 2; use 6 or 8"),
+        ("flip_flop", {"ignore": 1.1}, "ignore=1.1 must be in [0, 1]: it is a probability"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
