@@ -5,6 +5,7 @@ import pytest
 
 from mad_efla import data
 from mad_efla.tasks import IGNORE
+from mad_efla.tasks.counting import Counting
 from mad_efla.tasks.flip_flop import FlipFlop
 from mad_efla.tasks.group_words import GroupWords, permutations, product_table
 from mad_efla.tasks.modular_arithmetic import ModularArithmetic
@@ -166,3 +167,26 @@ def test_flip_flop_reads_the_last_write_whatever_is_to_be_ignored():
         "noise",
         *["bit"] * 2,
     ]
+
+
+# ------------------------------------------------------------------ counting
+
+
+def test_counting_asks_for_the_balance_where_it_can_be_named():
+    task = Counting(seq_len=200, most=3, idle=0.25)
+    inputs, targets, _ = drawn(task, 4_000)
+    steps = np.array([1, -1, 0])[inputs - 7]
+    balance = steps.cumsum(axis=1)
+    assert np.array_equal(targets != IGNORE, abs(balance) <= 3)
+    assert np.array_equal(targets[targets != IGNORE], balance[abs(balance) <= 3] + 3)
+    assert abs((inputs == 9).mean() - 0.25) < 0.005
+    assert abs(balance[:, -1].var() / (200 * 0.75) - 1) < 0.1
+    assert np.abs(np.bincount((inputs - 7).ravel())[:2] / inputs.size - 0.375).max() < 0.005
+    crossed = (abs(balance) > 3).cumsum(axis=1) > 0
+    assert (targets[crossed] != IGNORE).any()  # it comes back, and is then asked again
+
+
+def test_counting_by_hand():
+    task = Counting(seq_len=8, most=2)
+    row = np.array([{"+": 5, "-": 6}[sign] for sign in "++-++---"])
+    assert task.solve(row, None).tolist() == [3, 4, 3, 4, IGNORE, 4, 3, 2]

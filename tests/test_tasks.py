@@ -12,6 +12,7 @@ from mad_efla.run import DataConfig, build_task
 from mad_efla.sweep import settings as settings_of
 from mad_efla.tasks import IGNORE, RealTask
 from mad_efla.tasks.compression import Compression
+from mad_efla.tasks.counting import Counting
 from mad_efla.tasks.flip_flop import FlipFlop
 from mad_efla.tasks.fuzzy_recall import FuzzyRecall
 from mad_efla.tasks.group_words import GroupWords
@@ -113,6 +114,9 @@ STRATEGIES = {
         seq_len=st.integers(1, 60),
     ),
     "flip_flop": st.builds(FlipFlop, seq_len=even, ignore=st.floats(0, 1)),
+    "counting": st.builds(
+        Counting, seq_len=st.integers(1, 80), most=st.integers(1, 80), idle=st.floats(0, 0.99)
+    ),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -128,6 +132,7 @@ DIGESTS = {
     "modular_arithmetic": (1, "6d645c97cae586f0"),
     "group_words": (1, "6674af7987b00b72"),
     "flip_flop": (1, "5dc7f78ae967a5ba"),
+    "counting": (1, "171593730243dfae"),
 }
 
 
@@ -372,6 +377,9 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("flip_flop", {"seq_len": 2}, "seq_len=2 must be at least 4"),
         ("flip_flop", {"seq_len": 7}, "seq_len=7 must be a multiple of 2; use 6 or 8"),
         ("flip_flop", {"ignore": 1.1}, "ignore=1.1 must be in [0, 1]: it is a probability"),
+        ("counting", {"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ("counting", {"most": 0}, "most=0 must be at least 1"),
+        ("counting", {"idle": 1.0}, "idle=1.0 must be in [0, 1): some tokens must count"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
