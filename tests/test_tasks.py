@@ -12,6 +12,7 @@ from mad_efla.run import DataConfig, build_task
 from mad_efla.sweep import settings as settings_of
 from mad_efla.tasks import IGNORE, RealTask
 from mad_efla.tasks.compression import Compression
+from mad_efla.tasks.copying import Copying
 from mad_efla.tasks.counting import Counting
 from mad_efla.tasks.flip_flop import FlipFlop
 from mad_efla.tasks.fuzzy_recall import FuzzyRecall
@@ -80,6 +81,16 @@ def expressions(draw):
     )
 
 
+@st.composite
+def strings(draw, kind):
+    letters = draw(st.integers(1, 40))
+    return kind(
+        vocab_size=draw(st.integers(4, 200)),
+        seq_len=2 * letters,
+        shortest=draw(st.none() | st.integers(1, letters).map(lambda n: 2 * n)),
+    )
+
+
 even = st.integers(2, 60).map(lambda n: 2 * n)
 
 # Random valid settings of each task.
@@ -117,6 +128,7 @@ STRATEGIES = {
     "counting": st.builds(
         Counting, seq_len=st.integers(1, 80), most=st.integers(1, 80), idle=st.floats(0, 0.99)
     ),
+    "copying": strings(Copying),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -133,6 +145,7 @@ DIGESTS = {
     "group_words": (1, "6674af7987b00b72"),
     "flip_flop": (1, "5dc7f78ae967a5ba"),
     "counting": (1, "171593730243dfae"),
+    "copying": (1, "94d64046ff046250"),
 }
 
 
@@ -380,6 +393,9 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("counting", {"seq_len": 0}, "seq_len=0 must be at least 1"),
         ("counting", {"most": 0}, "most=0 must be at least 1"),
         ("counting", {"idle": 1.0}, "idle=1.0 must be in [0, 1): some tokens must count"),
+        ("copying", {"vocab_size": 3}, "vocab_size=3 must be at least 4: two letters, the bar and"),
+        ("copying", {"seq_len": 65}, "seq_len=65 must be a multiple of 2; use 64 or 66"),
+        ("copying", {"shortest": 66}, "shortest=66 must be at most seq_len = 64"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
