@@ -5,6 +5,7 @@ import numpy as np
 from mad_efla import data
 from mad_efla.tasks import IGNORE
 from mad_efla.tasks.copying import Copying
+from mad_efla.tasks.palindrome import Palindrome
 
 
 def drawn(task, n, split="test"):
@@ -33,3 +34,18 @@ def test_strings_are_of_any_length_in_training():
     for row, wanted, n in zip(inputs[:300], targets[:300], lengths, strict=False):
         assert np.array_equal(wanted[n : 2 * n], row[:n])
         assert (row[2 * n :] == 27).all()
+
+
+# ------------------------------------------------------------------ palindrome
+
+
+def test_a_palindrome_is_asked_for_from_its_middle_on():
+    for shortest in (None, 2):
+        inputs, targets, _ = drawn(Palindrome(seq_len=20, shortest=shortest), 300, "train")
+        lengths = (inputs == 26).argmax(axis=1)
+        for row, wanted, n in zip(inputs, targets, lengths, strict=True):
+            assert np.array_equal(wanted[n : 2 * n], row[:n][::-1])
+            assert np.array_equal(row[n + 1 : 2 * n], wanted[n : 2 * n - 1])
+            assert (wanted != IGNORE).sum() == n
+            assert (row[2 * n :] == 27).all()
+    assert (drawn(Palindrome(seq_len=20, shortest=2), 100).inputs[:, 10] == 26).all()

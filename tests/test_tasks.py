@@ -21,6 +21,7 @@ from mad_efla.tasks.memorization import Memorization
 from mad_efla.tasks.modular_arithmetic import ModularArithmetic
 from mad_efla.tasks.mqar import MQAR
 from mad_efla.tasks.noisy_recall import NoisyRecall
+from mad_efla.tasks.palindrome import Palindrome
 from mad_efla.tasks.parity import Parity
 from mad_efla.tasks.recall import Recall
 from mad_efla.tasks.selective_copying import SelectiveCopying
@@ -129,6 +130,7 @@ STRATEGIES = {
         Counting, seq_len=st.integers(1, 80), most=st.integers(1, 80), idle=st.floats(0, 0.99)
     ),
     "copying": strings(Copying),
+    "palindrome": strings(Palindrome),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -146,6 +148,7 @@ DIGESTS = {
     "flip_flop": (1, "5dc7f78ae967a5ba"),
     "counting": (1, "171593730243dfae"),
     "copying": (1, "94d64046ff046250"),
+    "palindrome": (1, "f1e958f30b723824"),
 }
 
 
@@ -396,6 +399,13 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("copying", {"vocab_size": 3}, "vocab_size=3 must be at least 4: two letters, the bar and"),
         ("copying", {"seq_len": 65}, "seq_len=65 must be a multiple of 2; use 64 or 66"),
         ("copying", {"shortest": 66}, "shortest=66 must be at most seq_len = 64"),
+        (
+            "palindrome",
+            {"vocab_size": 3},
+            "vocab_size=3 must be at least 4: two letters, the bar and",
+        ),
+        ("palindrome", {"seq_len": 65}, "seq_len=65 must be a multiple of 2; use 64 or 66"),
+        ("palindrome", {"shortest": 66}, "shortest=66 must be at most seq_len = 64"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
