@@ -6,6 +6,7 @@ from mad_efla import data
 from mad_efla.tasks import IGNORE
 from mad_efla.tasks.copying import Copying
 from mad_efla.tasks.palindrome import Palindrome
+from mad_efla.tasks.stack import Stack
 
 
 def drawn(task, n, split="test"):
@@ -49,3 +50,61 @@ def test_a_palindrome_is_asked_for_from_its_middle_on():
             assert (wanted != IGNORE).sum() == n
             assert (row[2 * n :] == 27).all()
     assert (drawn(Palindrome(seq_len=20, shortest=2), 100).inputs[:, 10] == 26).all()
+
+
+# ------------------------------------------------------------------ stack
+
+
+def by_hand(task, rng):
+    """Draw one sequence operation by operation; return pops, elements left, and the deepest."""
+    stacks = [[] for _ in range(task.stacks)]
+    pops = 0
+    for t in range(task.seq_len // 3):
+        stack = stacks[rng.integers(task.stacks)]
+        last = t == task.seq_len // 3 - 1
+        if last:
+            filled = [s for s in stacks if s]
+            stack = filled[rng.integers(len(filled))]
+        if stack and (last or rng.random() < 0.5):
+            stack.pop()
+            pops += 1
+        else:
+            stack.append(t)
+    return pops, sum(map(len, stacks)), max(map(len, stacks))
+
+
+def test_operations_are_distributed_as_if_drawn_one_by_one():
+    task, n = Stack(stacks=5, elements=8, seq_len=90), 4_000
+    rng = np.random.default_rng(0)
+    wanted = np.array([by_hand(task, rng) for _ in range(n)], float)
+    acts = drawn(task, n).inputs.reshape(n, 30, 3)
+    pops = acts[..., 0] == 14
+    change = np.where(pops, -1, 1)[..., None] * (acts[..., 1, None] == 8 + np.arange(5))
+    left = change.sum(axis=1)
+    found = np.stack([pops.sum(axis=1), left.sum(axis=1), left.max(axis=1)], axis=1)
+    error = np.sqrt((wanted.var(axis=0) + found.var(axis=0)) / n)
+    assert (np.abs(wanted.mean(axis=0) - found.mean(axis=0)) < 4 * error).all()
+    assert np.allclose(wanted.std(axis=0), found.std(axis=0), rtol=0.1)
+    assert change.cumsum(axis=1).min() == 0
+
+
+def test_what_is_popped_is_scored_at_the_stack_and_read_after_it():
+    inputs, targets, _ = drawn(Stack(), 300)
+    acts = inputs.reshape(300, 85, 3)
+    pops = acts[..., 0] == 129
+    assert pops[:, -1].all()
+    assert np.array_equal(targets[:, 1::3] != IGNORE, pops)
+    assert np.array_equal(targets[:, 1::3][pops], acts[..., 2][pops])
+    assert (targets[:, ::3] == IGNORE).all()
+    assert (targets[:, 2::3] == IGNORE).all()
+    assert acts[..., 1].min() == 64
+    assert acts[..., 1].max() == 127
+
+
+def test_a_stack_gives_back_the_newest_and_then_what_lay_below():
+    task = Stack(stacks=2, elements=3, seq_len=18)
+    push, pop, one, two = 5, 6, 3, 4
+    row = np.array(
+        [push, one, 0, push, two, 1, push, one, 2, pop, one, 2, pop, two, 1, pop, one, 0]
+    )
+    assert task.solve(row, None)[[10, 13, 16]].tolist() == [2, 1, 0]

@@ -25,6 +25,7 @@ from mad_efla.tasks.palindrome import Palindrome
 from mad_efla.tasks.parity import Parity
 from mad_efla.tasks.recall import Recall
 from mad_efla.tasks.selective_copying import SelectiveCopying
+from mad_efla.tasks.stack import Stack
 
 ALL = plugins.names(mad_efla.tasks)
 # Those that generate; the others are in test_pixels.py.
@@ -131,6 +132,12 @@ STRATEGIES = {
     ),
     "copying": strings(Copying),
     "palindrome": strings(Palindrome),
+    "stack": st.builds(
+        Stack,
+        stacks=st.integers(1, 80),
+        elements=st.integers(2, 80),
+        seq_len=st.integers(2, 40).map(lambda n: 3 * n),
+    ),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -149,6 +156,7 @@ DIGESTS = {
     "counting": (1, "171593730243dfae"),
     "copying": (1, "94d64046ff046250"),
     "palindrome": (1, "f1e958f30b723824"),
+    "stack": (1, "fba64a1d379d2ecd"),
 }
 
 
@@ -406,6 +414,10 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ),
         ("palindrome", {"seq_len": 65}, "seq_len=65 must be a multiple of 2; use 64 or 66"),
         ("palindrome", {"shortest": 66}, "shortest=66 must be at most seq_len = 64"),
+        ("stack", {"seq_len": 3}, "seq_len=3 must be at least 6"),
+        ("stack", {"seq_len": 256}, "seq_len=256 must be a multiple of 3; use 255 or 258"),
+        ("stack", {"stacks": 0}, "stacks=0 must be at least 1"),
+        ("stack", {"elements": 1}, "elements=1 must be at least 2"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
