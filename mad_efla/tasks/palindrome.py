@@ -10,8 +10,8 @@ one being only a target. A training sequence has between `shortest` and seq_len 
 behind them; where weights are chosen and scored all have seq_len. The second half is scored.
 
 Source: Kimi Team 2025, arXiv 2510.26692, section 5.1: lengths of 256 to 2,048 tokens, on which it
-trains and scores alike. Departures: the baseline is shorter, and the bar, too, is asked at, where it
-asks nothing; its vocabulary it does not say.
+trains and scores alike. Departures: the baseline is shorter, and the bar is asked at, too, where it
+asks nothing. Which vocabulary it has it does not say.
 """
 
 from typing import Any, Literal
