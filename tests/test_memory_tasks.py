@@ -5,6 +5,7 @@ import numpy as np
 from mad_efla import data
 from mad_efla.tasks import IGNORE
 from mad_efla.tasks.copying import Copying
+from mad_efla.tasks.induction import Induction
 from mad_efla.tasks.palindrome import Palindrome
 from mad_efla.tasks.stack import Stack
 
@@ -108,3 +109,18 @@ def test_a_stack_gives_back_the_newest_and_then_what_lay_below():
         [push, one, 0, push, two, 1, push, one, 2, pop, one, 2, pop, two, 1, pop, one, 0]
     )
     assert task.solve(row, None)[[10, 13, 16]].tolist() == [2, 1, 0]
+
+
+# ------------------------------------------------------------------ induction
+
+
+def test_the_mark_comes_twice_and_only_the_second_is_scored():
+    inputs, targets, _ = drawn(Induction(seq_len=12), 20_000)
+    marks = inputs == 15
+    assert (marks.sum(axis=1) == 2).all()
+    assert marks[:, -1].all()
+    first = marks.argmax(axis=1)
+    assert np.abs(np.bincount(first, minlength=10) / 20_000 - 1 / 10).max() < 0.01
+    assert (targets[:, :-1] == IGNORE).all()
+    assert np.array_equal(targets[:, -1], inputs[np.arange(20_000), first + 1])
+    assert np.abs(np.bincount(targets[:, -1], minlength=15) / 20_000 - 1 / 15).max() < 0.01

@@ -17,6 +17,7 @@ from mad_efla.tasks.counting import Counting
 from mad_efla.tasks.flip_flop import FlipFlop
 from mad_efla.tasks.fuzzy_recall import FuzzyRecall
 from mad_efla.tasks.group_words import GroupWords
+from mad_efla.tasks.induction import Induction
 from mad_efla.tasks.memorization import Memorization
 from mad_efla.tasks.modular_arithmetic import ModularArithmetic
 from mad_efla.tasks.mqar import MQAR
@@ -138,6 +139,7 @@ STRATEGIES = {
         elements=st.integers(2, 80),
         seq_len=st.integers(2, 40).map(lambda n: 3 * n),
     ),
+    "induction": st.builds(Induction, vocab_size=st.integers(3, 200), seq_len=st.integers(3, 100)),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -157,6 +159,7 @@ DIGESTS = {
     "copying": (1, "94d64046ff046250"),
     "palindrome": (1, "f1e958f30b723824"),
     "stack": (1, "fba64a1d379d2ecd"),
+    "induction": (1, "342a99480fbdb7f1"),
 }
 
 
@@ -418,6 +421,12 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("stack", {"seq_len": 256}, "seq_len=256 must be a multiple of 3; use 255 or 258"),
         ("stack", {"stacks": 0}, "stacks=0 must be at least 1"),
         ("stack", {"elements": 1}, "elements=1 must be at least 2"),
+        (
+            "induction",
+            {"vocab_size": 2},
+            "vocab_size=2 must be at least 3: two tokens and the mark",
+        ),
+        ("induction", {"seq_len": 2}, "seq_len=2 must be at least 3: the mark, its answer"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
