@@ -87,6 +87,7 @@ def test_operations_are_distributed_as_if_drawn_one_by_one():
     assert (np.abs(wanted.mean(axis=0) - found.mean(axis=0)) < 4 * error).all()
     assert np.allclose(wanted.std(axis=0), found.std(axis=0), rtol=0.1)
     assert change.cumsum(axis=1).min() == 0
+    assert np.abs(np.bincount(acts[:, -1, 1] - 8) / n - 1 / 5).max() < 0.03
 
 
 def test_what_is_popped_is_scored_at_the_stack_and_read_after_it():
