@@ -7,6 +7,7 @@ from mad_efla.tasks import IGNORE
 from mad_efla.tasks.copying import Copying
 from mad_efla.tasks.induction import Induction
 from mad_efla.tasks.palindrome import Palindrome
+from mad_efla.tasks.retention import Retention
 from mad_efla.tasks.stack import Stack
 
 
@@ -125,3 +126,31 @@ def test_the_mark_comes_twice_and_only_the_second_is_scored():
     assert (targets[:, :-1] == IGNORE).all()
     assert np.array_equal(targets[:, -1], inputs[np.arange(20_000), first + 1])
     assert np.abs(np.bincount(targets[:, -1], minlength=15) / 20_000 - 1 / 15).max() < 0.01
+
+
+# ------------------------------------------------------------------ long memory
+
+
+def parts(task, n):
+    """Return pairs shown at first, the gap, the questions and the answers."""
+    inputs, targets, _ = drawn(task, n)
+    K = task.pairs
+    assert (targets[:, :-K] == IGNORE).all()
+    pairs = inputs[:, : 2 * K].reshape(n, K, 2)
+    return pairs, inputs[:, 2 * K : -K], inputs[:, -K:], targets[:, -K:]
+
+
+def test_retention_waits_and_asks_for_every_key_in_any_order():
+    pairs, gap, questions, answers = parts(Retention(seq_len=40, pairs=3), 6_000)
+    assert gap.shape == (6_000, 31)
+    assert not gap.any()
+    asked = (questions[:, :, None] == pairs[:, None, :, 0]).argmax(axis=2)
+    assert np.array_equal(np.sort(asked, axis=1), np.tile(np.arange(3), (6_000, 1)))
+    counts = np.bincount(asked @ [9, 3, 1], minlength=27)
+    assert (counts > 0).sum() == 6
+    assert np.abs(counts[counts > 0] / 6_000 - 1 / 6).max() < 0.02
+    assert np.array_equal(answers, np.take_along_axis(pairs[..., 1], asked, axis=1))
+    assert pairs[..., 0].min() == 1
+    assert pairs[..., 0].max() == 127
+    assert pairs[..., 1].min() == 128
+    assert pairs[..., 1].max() == 255

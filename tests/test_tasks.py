@@ -25,6 +25,7 @@ from mad_efla.tasks.noisy_recall import NoisyRecall
 from mad_efla.tasks.palindrome import Palindrome
 from mad_efla.tasks.parity import Parity
 from mad_efla.tasks.recall import Recall
+from mad_efla.tasks.retention import Retention
 from mad_efla.tasks.selective_copying import SelectiveCopying
 from mad_efla.tasks.stack import Stack
 
@@ -94,6 +95,16 @@ def strings(draw, kind):
     )
 
 
+@st.composite
+def long_memories(draw, kind):
+    pairs = draw(st.integers(1, 12))
+    return kind(
+        vocab_size=draw(st.integers(4 * pairs + 4, 300)),
+        seq_len=draw(st.integers(3 * pairs, 3 * pairs + 60)),
+        pairs=pairs,
+    )
+
+
 even = st.integers(2, 60).map(lambda n: 2 * n)
 
 # Random valid settings of each task.
@@ -140,6 +151,7 @@ STRATEGIES = {
         seq_len=st.integers(2, 40).map(lambda n: 3 * n),
     ),
     "induction": st.builds(Induction, vocab_size=st.integers(3, 200), seq_len=st.integers(3, 100)),
+    "retention": long_memories(Retention),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -160,6 +172,7 @@ DIGESTS = {
     "palindrome": (1, "f1e958f30b723824"),
     "stack": (1, "fba64a1d379d2ecd"),
     "induction": (1, "342a99480fbdb7f1"),
+    "retention": (1, "b223423147e2f165"),
 }
 
 
@@ -427,6 +440,9 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
             "vocab_size=2 must be at least 3: two tokens and the mark",
         ),
         ("induction", {"seq_len": 2}, "seq_len=2 must be at least 3: the mark, its answer"),
+        ("retention", {"pairs": 0}, "pairs=0 must be at least 1"),
+        ("retention", {"pairs": 50}, "seq_len=128 must be at least 3 pairs = 150"),
+        ("retention", {"vocab_size": 17}, "vocab_size=17 must be at least 2 pairs + 2 = 18"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
