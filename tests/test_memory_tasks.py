@@ -5,6 +5,7 @@ import numpy as np
 from mad_efla import data
 from mad_efla.tasks import IGNORE
 from mad_efla.tasks.copying import Copying
+from mad_efla.tasks.filtering import Filtering
 from mad_efla.tasks.induction import Induction
 from mad_efla.tasks.palindrome import Palindrome
 from mad_efla.tasks.retention import Retention
@@ -154,3 +155,17 @@ def test_retention_waits_and_asks_for_every_key_in_any_order():
     assert pairs[..., 0].max() == 127
     assert pairs[..., 1].min() == 128
     assert pairs[..., 1].max() == 255
+
+
+def test_filtering_shows_keys_that_are_never_asked_for_with_values_that_could_be():
+    for seq_len, fillers in ((41, 0), (40, 1)):
+        pairs, gap, questions, answers = parts(Filtering(seq_len=seq_len, pairs=3), 2_000)
+        assert np.array_equal(np.sort(questions, axis=1), np.sort(pairs[..., 0], axis=1))
+        assert pairs[..., 0].max() == 63
+        assert not gap[:, gap.shape[1] - fillers :].any()
+        ignored = gap[:, : gap.shape[1] - fillers].reshape(2_000, -1, 2)
+        assert ignored.shape[1] == 16 - fillers
+        assert (ignored[..., 0].min(), ignored[..., 0].max()) == (64, 127)
+        assert (ignored[..., 1].min(), ignored[..., 1].max()) == (128, 255)
+        asked = (questions[:, :, None] == pairs[:, None, :, 0]).argmax(axis=2)
+        assert np.array_equal(answers, np.take_along_axis(pairs[..., 1], asked, axis=1))

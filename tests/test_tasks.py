@@ -14,6 +14,7 @@ from mad_efla.tasks import IGNORE, RealTask
 from mad_efla.tasks.compression import Compression
 from mad_efla.tasks.copying import Copying
 from mad_efla.tasks.counting import Counting
+from mad_efla.tasks.filtering import Filtering
 from mad_efla.tasks.flip_flop import FlipFlop
 from mad_efla.tasks.fuzzy_recall import FuzzyRecall
 from mad_efla.tasks.group_words import GroupWords
@@ -152,6 +153,7 @@ STRATEGIES = {
     ),
     "induction": st.builds(Induction, vocab_size=st.integers(3, 200), seq_len=st.integers(3, 100)),
     "retention": long_memories(Retention),
+    "filtering": long_memories(Filtering),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -173,6 +175,7 @@ DIGESTS = {
     "stack": (1, "fba64a1d379d2ecd"),
     "induction": (1, "342a99480fbdb7f1"),
     "retention": (1, "b223423147e2f165"),
+    "filtering": (1, "4a3ce138c2010eed"),
 }
 
 
@@ -443,6 +446,9 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("retention", {"pairs": 0}, "pairs=0 must be at least 1"),
         ("retention", {"pairs": 50}, "seq_len=128 must be at least 3 pairs = 150"),
         ("retention", {"vocab_size": 17}, "vocab_size=17 must be at least 2 pairs + 2 = 18"),
+        ("filtering", {"pairs": 0}, "pairs=0 must be at least 1"),
+        ("filtering", {"pairs": 50}, "seq_len=128 must be at least 3 pairs = 150"),
+        ("filtering", {"vocab_size": 35}, "vocab_size=35 must be at least 4 pairs + 4 = 36"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
