@@ -7,6 +7,7 @@ from mad_efla.tasks import IGNORE
 from mad_efla.tasks.copying import Copying
 from mad_efla.tasks.filtering import Filtering
 from mad_efla.tasks.induction import Induction
+from mad_efla.tasks.overwrite import Overwrite
 from mad_efla.tasks.palindrome import Palindrome
 from mad_efla.tasks.retention import Retention
 from mad_efla.tasks.stack import Stack
@@ -169,3 +170,19 @@ def test_filtering_shows_keys_that_are_never_asked_for_with_values_that_could_be
         assert (ignored[..., 1].min(), ignored[..., 1].max()) == (128, 255)
         asked = (questions[:, :, None] == pairs[:, None, :, 0]).argmax(axis=2)
         assert np.array_equal(answers, np.take_along_axis(pairs[..., 1], asked, axis=1))
+
+
+def test_overwrite_asks_for_the_newest_value_of_each_key():
+    for seq_len, fillers in ((41, 0), (40, 1)):
+        pairs, gap, questions, answers = parts(Overwrite(seq_len=seq_len, pairs=3), 2_000)
+        assert not gap[:, gap.shape[1] - fillers :].any()
+        again = gap[:, : gap.shape[1] - fillers].reshape(2_000, -1, 2)
+        written = np.concatenate([pairs, again], axis=1)
+        for row, keys, values in zip(written.tolist(), questions, answers, strict=True):
+            newest = dict(row)  # a later pair replaces an earlier one
+            assert [newest[key] for key in keys.tolist()] == values.tolist()
+            assert len(newest) == 3
+        which = (again[..., :1] == pairs[:, None, :, 0]).argmax(axis=2)
+        assert np.abs(np.bincount(which.ravel()) / which.size - 1 / 3).max() < 0.01
+        stale = (answers[:, :, None] == pairs[:, None, :, 1]).any(axis=2).mean()
+        assert stale < 0.02  # hardly ever is the first value still the newest

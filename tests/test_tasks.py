@@ -23,6 +23,7 @@ from mad_efla.tasks.memorization import Memorization
 from mad_efla.tasks.modular_arithmetic import ModularArithmetic
 from mad_efla.tasks.mqar import MQAR
 from mad_efla.tasks.noisy_recall import NoisyRecall
+from mad_efla.tasks.overwrite import Overwrite
 from mad_efla.tasks.palindrome import Palindrome
 from mad_efla.tasks.parity import Parity
 from mad_efla.tasks.recall import Recall
@@ -154,6 +155,7 @@ STRATEGIES = {
     "induction": st.builds(Induction, vocab_size=st.integers(3, 200), seq_len=st.integers(3, 100)),
     "retention": long_memories(Retention),
     "filtering": long_memories(Filtering),
+    "overwrite": long_memories(Overwrite),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -176,6 +178,7 @@ DIGESTS = {
     "induction": (1, "342a99480fbdb7f1"),
     "retention": (1, "b223423147e2f165"),
     "filtering": (1, "4a3ce138c2010eed"),
+    "overwrite": (1, "d118882567e9f371"),
 }
 
 
@@ -449,6 +452,9 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("filtering", {"pairs": 0}, "pairs=0 must be at least 1"),
         ("filtering", {"pairs": 50}, "seq_len=128 must be at least 3 pairs = 150"),
         ("filtering", {"vocab_size": 35}, "vocab_size=35 must be at least 4 pairs + 4 = 36"),
+        ("overwrite", {"pairs": 0}, "pairs=0 must be at least 1"),
+        ("overwrite", {"pairs": 50}, "seq_len=128 must be at least 3 pairs = 150"),
+        ("overwrite", {"vocab_size": 17}, "vocab_size=17 must be at least 2 pairs + 2 = 18"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
