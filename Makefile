@@ -61,9 +61,9 @@ images: install
 	$(BIN)/mad-efla show palindrome --set task.seq_len=20 --svg notebooks/images/tasks/palindrome.svg
 	$(BIN)/mad-efla show stack --set task.seq_len=48 --set task.stacks=4 --set task.elements=8 --svg notebooks/images/tasks/stack.svg
 	$(BIN)/mad-efla show induction --set task.seq_len=20 --svg notebooks/images/tasks/induction.svg
-	$(BIN)/mad-efla show retention --set task.vocab_size=32 --set task.seq_len=24 --set task.pairs=3 --svg notebooks/images/tasks/retention.svg
-	$(BIN)/mad-efla show filtering --set task.vocab_size=32 --set task.seq_len=24 --set task.pairs=3 --svg notebooks/images/tasks/filtering.svg
-	$(BIN)/mad-efla show overwrite --set task.vocab_size=32 --set task.seq_len=24 --set task.pairs=3 --svg notebooks/images/tasks/overwrite.svg
+	$(BIN)/mad-efla show retention --set task.vocab_size=32 --set task.seq_len=23 --set task.pairs=3 --svg notebooks/images/tasks/retention.svg
+	$(BIN)/mad-efla show filtering --set task.vocab_size=32 --set task.seq_len=23 --set task.pairs=3 --svg notebooks/images/tasks/filtering.svg
+	$(BIN)/mad-efla show overwrite --set task.vocab_size=32 --set task.seq_len=23 --set task.pairs=3 --svg notebooks/images/tasks/overwrite.svg
 	$(BIN)/mad-efla show digits --examples 1 --svg notebooks/images/tasks/digits.svg
 
 # Other projects' implementations beside ours, on a CPU: 25 MB of downloads.

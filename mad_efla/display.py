@@ -33,7 +33,7 @@ _ACCOUNTED = (
     "accuracy", "lambda_mean", "beta_mean", "x_mean", "erase_mean", "wiped", "saturated",
     "state_log_norm_max", "state_effective_rank", "keys_square_cosine", "gain_noise",
 )  # fmt: skip
-_ROLES = {"key": "bold cyan", "value": "green"}
+_ROLES = {"key": "bold cyan", "stack": "bold cyan", "value": "green"}
 _ROLES |= dict.fromkeys(("copy", "insert", "compress", "mark"), "bold magenta")
 _ROLES |= dict.fromkeys(("noise", "blank", "pad", "filler", "idle"), "dim")
 

@@ -34,7 +34,7 @@ class Look(NamedTuple):
 _PALE = Look("#f4f4f4", "#6b6b6b", "#b5b5b5")
 _MARKER = Look("#3a3a3a", "#ffffff", "#3a3a3a")
 _LOOKS = {
-    "key": Look("#0072b2", "#ffffff", "#0072b2"),
+    **dict.fromkeys(("key", "stack"), Look("#0072b2", "#ffffff", "#0072b2")),
     "value": Look("#f0b73c", "#111111", "#f0b73c"),
     **dict.fromkeys(("token", "bit", "digit", "element"), Look("#8ecdf0", "#111111", "#8ecdf0")),
     "pixel": Look("#8a8a8a", "", "#6b6b6b"),

@@ -108,7 +108,7 @@ class Stack(Task):
         return [
             "token"
             if t < E
-            else "key"
+            else "stack"
             if t < E + S
             else "\N{DOWNWARDS ARROW}"
             if t == E + S
