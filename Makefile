@@ -52,6 +52,18 @@ images: install
 	$(BIN)/mad-efla show compression --set task.seq_len=16 --svg notebooks/images/tasks/compression.svg
 	$(BIN)/mad-efla show memorization --set task.vocab_size=32 --set task.seq_len=24 --svg notebooks/images/tasks/memorization.svg
 	$(BIN)/mad-efla show mqar --set task.vocab_size=64 --set task.seq_len=24 --svg notebooks/images/tasks/mqar.svg
+	$(BIN)/mad-efla show parity --set task.seq_len=16 --svg notebooks/images/tasks/parity.svg
+	$(BIN)/mad-efla show modular_arithmetic --set task.seq_len=20 --set task.brackets=true --svg notebooks/images/tasks/modular_arithmetic.svg
+	$(BIN)/mad-efla show group_words --set task.seq_len=20 --svg notebooks/images/tasks/group_words.svg
+	$(BIN)/mad-efla show flip_flop --set task.seq_len=24 --set task.ignore=0.6 --svg notebooks/images/tasks/flip_flop.svg
+	$(BIN)/mad-efla show counting --set task.seq_len=20 --set task.idle=0.2 --svg notebooks/images/tasks/counting.svg
+	$(BIN)/mad-efla show copying --set task.seq_len=20 --svg notebooks/images/tasks/copying.svg
+	$(BIN)/mad-efla show palindrome --set task.seq_len=20 --svg notebooks/images/tasks/palindrome.svg
+	$(BIN)/mad-efla show stack --set task.seq_len=48 --set task.stacks=4 --set task.elements=8 --svg notebooks/images/tasks/stack.svg
+	$(BIN)/mad-efla show induction --set task.seq_len=20 --svg notebooks/images/tasks/induction.svg
+	$(BIN)/mad-efla show retention --set task.vocab_size=32 --set task.seq_len=23 --set task.pairs=3 --svg notebooks/images/tasks/retention.svg
+	$(BIN)/mad-efla show filtering --set task.vocab_size=32 --set task.seq_len=23 --set task.pairs=3 --svg notebooks/images/tasks/filtering.svg
+	$(BIN)/mad-efla show overwrite --set task.vocab_size=32 --set task.seq_len=23 --set task.pairs=3 --svg notebooks/images/tasks/overwrite.svg
 	$(BIN)/mad-efla show digits --examples 1 --svg notebooks/images/tasks/digits.svg
 
 # Other projects' implementations beside ours, on a CPU: 25 MB of downloads.

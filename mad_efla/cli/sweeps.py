@@ -268,7 +268,9 @@ def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
     for found in sweeps:
         results = finished(out, [r.fingerprint for r in found.runs])
         shown = cells(of_runs(found.runs, results))
-        title = f"{found.task}, plan {found.plan}, protocol {found.protocol}; 95 % intervals over seeds"
+        title = (
+            f"{found.task}, plan {found.plan}, protocol {found.protocol}; 95 % intervals over seeds"
+        )
         if shown:
             terminal.show(tables.sweep(shown, title))
         absent = [r for r in found.runs if r.fingerprint not in results]

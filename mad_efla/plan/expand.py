@@ -330,15 +330,24 @@ def _settings(
 
 
 def _changes(task: Document) -> list[tuple[str, Document]]:
-    """Return the baseline of a task file and each value it varies, as overrides of it."""
+    """Return the baseline of a task file and each value it varies, as overrides of it.
+
+    Fields that change at once are mappings under `vary.together`: `{task.seq_len: 8, ...}`.
+    """
     found = [("baseline", Document({}, {}, task.name))]
     for field, values in task.part("vary").data.items():
         place = task.place(("vary", field))
         if not isinstance(values, list):
             raise ConfigError(f"{place}: vary.{field}={values!r} must be a list of values")
         for value in values:
-            label = f"{field.split('.')[-1]}={value}"
-            found.append((label, config.from_paths({field: value}, place)))
+            change = value if field == "together" else {field: value}
+            if not isinstance(change, dict) or not change:
+                raise ConfigError(
+                    f"{place}: vary.together has {value!r}, which must be a mapping of fields to "
+                    "values, as in {task.seq_len: 128, task.pairs: 8}"
+                )
+            label = ",".join(f"{path.split('.')[-1]}={new}" for path, new in change.items())
+            found.append((label, config.from_paths(change, place)))
     return found
 
 

@@ -13,9 +13,9 @@ from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.status import Standing
 from mad_efla.training.fits import Match
 
-_ROLES = {"key": "bold cyan", "value": "green"}
-_ROLES |= dict.fromkeys(("copy", "insert", "compress"), "bold magenta")
-_ROLES |= dict.fromkeys(("noise", "blank", "pad", "filler"), "dim")
+_ROLES = {"key": "bold cyan", "stack": "bold cyan", "value": "green"}
+_ROLES |= dict.fromkeys(("copy", "insert", "compress", "mark"), "bold magenta")
+_ROLES |= dict.fromkeys(("noise", "blank", "pad", "filler", "idle"), "dim")
 PLAIN_WIDTH = 140  # columns, where stdout is no terminal
 
 
@@ -146,7 +146,7 @@ def example(
 
     Args:
         inputs: Token ids, or rounded numbers.
-        roles: A word for each.
+        roles: A word for each, or a sign that is shown in place of its id.
         targets: The answer at scored positions, negative elsewhere.
         answers: The solver's; None where there is no solver.
         columns: Width to fill.
@@ -156,7 +156,7 @@ def example(
     lines = []
     for start in range(0, len(inputs), per_line):
         block = slice(start, start + per_line)
-        tokens = [(f"{t:>{width}} ", _ROLES.get(r, "")) for t, r in
+        tokens = [(f"{r if len(r) == 1 else t:>{width}} ", _ROLES.get(r, "")) for t, r in
                   zip(inputs[block], roles[block], strict=True)]  # fmt: skip
         wanted = [_cell(t, t >= 0, width, "bold yellow") for t in targets[block]]
         lines.append(Text.assemble(("tokens  ", "dim"), *tokens))

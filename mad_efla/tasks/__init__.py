@@ -125,7 +125,10 @@ class Task(Section):
         return examples.targets != IGNORE
 
     def describe(self, inputs: Num[np.ndarray, "L"]) -> list[str]:
-        """Name the role of each token (`key`, `value`, `noise`, ...), for display."""
+        """Name the role of each token (`key`, `value`, `noise`, ...), for display.
+
+        A name of one letter (`+`) is shown itself, in place of the token's id.
+        """
         return ["token"] * len(inputs)
 
     def probes(

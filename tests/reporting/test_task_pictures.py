@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mad_efla.cli import cli
-from mad_efla.reporting import catalogue
+from mad_efla.reporting import catalogue, terminal
 from mad_efla.reporting.figures import tasks
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +74,14 @@ def test_a_legend_names_the_roles_there_are_and_those_of_a_users_own_task():
     words = [text for *_, text in texts if not text.isdigit()]
     assert words == ["reads", "answers", "key", "<odd>", "answer, scored"]
     assert len({b["fill"] for b in boxes}) == 2  # blue for the key; all else is white
+
+
+def test_a_role_of_one_letter_stands_in_place_of_the_id_and_in_no_legend():
+    blocks = [([7, 5, 3], ["digit", "<", "digit"], [-100, -100, 2], [-100, -100, 2])]
+    texts, _ = cells(tasks.picture("own:Own", blocks))
+    assert [text for *_, text in texts if text.isdigit() or len(text) == 1] == ["7", "<", "3", "2"]
+    (line, *_) = terminal.example(*blocks[0], columns=80)
+    assert line.plain.split() == ["tokens", "7", "<", "3"]
 
 
 def test_what_is_compressed_is_answered_from_the_last_token_alone():

@@ -50,7 +50,7 @@ def test_noise_has_its_standard_deviation_and_one_pattern():
 
 
 def test_a_shift_moves_whole_images_to_each_side_alike():
-    moved = under("shift", 2).reshape(-1, 8, 8)
+    moved = under("shift", 2.0).reshape(-1, 8, 8)
     images = IMAGES.reshape(-1, 8, 8)
     sides = {
         "left": (moved[:, :, :6], images[:, :, 2:]), "right": (moved[:, :, 2:], images[:, :, :6]),
@@ -60,7 +60,7 @@ def test_a_shift_moves_whole_images_to_each_side_alike():
     assert (hits.sum(axis=0) == 1).all()
     assert (hits.mean(axis=1) > 0.18).all()
     assert abs((moved == 0).mean() - 0.25) < 1e-9  # two of eight rows or columns
-    assert not under("shift", 8).any()
+    assert not under("shift", 8.0).any()
 
 
 def test_a_burst_is_one_run_of_white():

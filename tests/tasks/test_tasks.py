@@ -12,12 +12,24 @@ from mad_efla.plan.expand import settings as settings_of
 from mad_efla.plan.run import DataConfig, build_task
 from mad_efla.tasks import IGNORE, RealTask
 from mad_efla.tasks.compression import Compression
+from mad_efla.tasks.copying import Copying
+from mad_efla.tasks.counting import Counting
+from mad_efla.tasks.filtering import Filtering
+from mad_efla.tasks.flip_flop import FlipFlop
 from mad_efla.tasks.fuzzy_recall import FuzzyRecall
+from mad_efla.tasks.group_words import GroupWords
+from mad_efla.tasks.induction import Induction
 from mad_efla.tasks.memorization import Memorization
+from mad_efla.tasks.modular_arithmetic import ModularArithmetic
 from mad_efla.tasks.mqar import MQAR
 from mad_efla.tasks.noisy_recall import NoisyRecall
+from mad_efla.tasks.overwrite import Overwrite
+from mad_efla.tasks.palindrome import Palindrome
+from mad_efla.tasks.parity import Parity
 from mad_efla.tasks.recall import Recall
+from mad_efla.tasks.retention import Retention
 from mad_efla.tasks.selective_copying import SelectiveCopying
+from mad_efla.tasks.stack import Stack
 from mad_efla.training import data
 
 ALL = plugins.names(mad_efla.tasks)
@@ -63,6 +75,39 @@ def mqars(draw):
     )
 
 
+@st.composite
+def expressions(draw):
+    brackets = draw(st.booleans())
+    step = 1 if brackets else 2
+    return ModularArithmetic(
+        modulus=draw(st.integers(2, 30)),
+        seq_len=(longest := draw(st.integers(2, 40))) * step,
+        shortest=draw(st.none() | st.integers(2, longest).map(lambda n: n * step)),
+        operators=draw(st.sampled_from(["+", "+-", "+-*"])),
+        brackets=brackets,
+    )
+
+
+@st.composite
+def strings(draw, kind):
+    letters = draw(st.integers(1, 40))
+    return kind(
+        vocab_size=draw(st.integers(4, 200)),
+        seq_len=2 * letters,
+        shortest=draw(st.none() | st.integers(1, letters).map(lambda n: 2 * n)),
+    )
+
+
+@st.composite
+def long_memories(draw, kind):
+    pairs = draw(st.integers(1, 12))
+    return kind(
+        vocab_size=draw(st.integers(4 * pairs + 4, 300)),
+        seq_len=draw(st.integers(3 * pairs, 3 * pairs + 60)),
+        pairs=pairs,
+    )
+
+
 even = st.integers(2, 60).map(lambda n: 2 * n)
 
 # Random valid settings of each task.
@@ -85,6 +130,33 @@ STRATEGIES = {
         Recall, vocab_size=st.integers(5, 200), seq_len=even, multi_query=st.booleans()
     ),
     "selective_copying": copyings(),
+    "parity": st.builds(
+        lambda n, short: Parity(seq_len=n, shortest=short and min(short, n)),
+        st.integers(1, 60),
+        st.none() | st.integers(1, 60),
+    ),
+    "modular_arithmetic": expressions(),
+    "group_words": st.builds(
+        GroupWords,
+        group=st.sampled_from(["Z2", "Z3", "Z60", "S3", "A4", "S4", "A5", "S5"]),
+        seq_len=st.integers(1, 60),
+    ),
+    "flip_flop": st.builds(FlipFlop, seq_len=even, ignore=st.floats(0, 1)),
+    "counting": st.builds(
+        Counting, seq_len=st.integers(1, 80), most=st.integers(1, 80), idle=st.floats(0, 0.99)
+    ),
+    "copying": strings(Copying),
+    "palindrome": strings(Palindrome),
+    "stack": st.builds(
+        Stack,
+        stacks=st.integers(1, 80),
+        elements=st.integers(2, 80),
+        seq_len=st.integers(2, 40).map(lambda n: 3 * n),
+    ),
+    "induction": st.builds(Induction, vocab_size=st.integers(3, 200), seq_len=st.integers(3, 100)),
+    "retention": long_memories(Retention),
+    "filtering": long_memories(Filtering),
+    "overwrite": long_memories(Overwrite),
 }
 
 # Raise a task's `version` when its digest changes here: the data of finished runs was another.
@@ -96,6 +168,18 @@ DIGESTS = {
     "noisy_recall": (1, "5168d31a3b9e3b05"),
     "recall": (1, "d2f5f6a365796094"),
     "selective_copying": (1, "09523d3d5cc3f58f"),
+    "parity": (1, "67102b9e949ce56d"),
+    "modular_arithmetic": (1, "6d645c97cae586f0"),
+    "group_words": (1, "6674af7987b00b72"),
+    "flip_flop": (1, "5dc7f78ae967a5ba"),
+    "counting": (1, "171593730243dfae"),
+    "copying": (1, "94d64046ff046250"),
+    "palindrome": (1, "f1e958f30b723824"),
+    "stack": (1, "fba64a1d379d2ecd"),
+    "induction": (1, "342a99480fbdb7f1"),
+    "retention": (1, "b223423147e2f165"),
+    "filtering": (1, "4a3ce138c2010eed"),
+    "overwrite": (1, "d118882567e9f371"),
 }
 
 
@@ -122,7 +206,7 @@ def test_defaults_are_valid_and_the_shipped_file_holds_them(name):
 
 
 @given(any_task(), st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_the_solver_answers_everything_from_the_prefix(task, seed):
     world = task.world(data.stream(seed, "world"))
     for split in data.SPLITS:
@@ -152,6 +236,17 @@ def test_shapes_types_and_ids_are_as_promised(task, seed):
     if examples.next_tokens is not None:
         assert np.array_equal(examples.next_tokens[:, :-1], examples.inputs[:, 1:])
         assert np.array_equal(examples.next_tokens[scored], examples.targets[scored])
+
+
+@given(any_task(), st.sampled_from([2, 4, 8]))
+@settings(max_examples=100, deadline=None)
+def test_a_longer_sequence_has_the_same_vocabulary_and_is_solved(task, times):
+    fields = task.model_dump()
+    longer = type(task)(**{**fields, "seq_len": times * fields["seq_len"]})
+    assert longer.vocabulary == task.vocabulary
+    assert longer.input_length > task.input_length
+    world = task.world(data.stream(0, "world"))
+    assert solved(longer, longer.sample(5, data.stream(0, "test"), "test", world), world) == 1.0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -312,6 +407,55 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("mqar", {"gap_power": 0.0}, "gap_power=0.0 must be in (0, 1]; the published value is"),
         ("mqar", {"gap_power": 1.5}, "gap_power=1.5 must be in (0, 1]"),
         ("mqar", {"random_filler": 3}, "random_filler=3: input should be a valid boolean"),
+        ("parity", {"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ("parity", {"shortest": 41}, "shortest=41 must be at most seq_len = 40; leave it"),
+        ("parity", {"shortest": 0}, "shortest=0 must be at least 1"),
+        ("modular_arithmetic", {"modulus": 1}, "modulus=1 must be at least 2"),
+        ("modular_arithmetic", {"seq_len": 41}, "seq_len=41 must be a multiple of 2; use 40 or 42"),
+        ("modular_arithmetic", {"operators": "-"}, 'operators="-": input should be'),
+        ("modular_arithmetic", {"brackets": True, "seq_len": 1}, "seq_len=1 must be at least 2"),
+        ("group_words", {"group": "S2"}, "group='S2' must be Z2 to Z1000, S3 to S6 or A3 to A6"),
+        ("group_words", {"group": "D4"}, "group='D4' must be Z2"),
+        ("group_words", {"group": "Z1"}, "group='Z1' must be Z2"),
+        ("group_words", {"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ("group_words", {"moves": 1}, "moves=1 must leave S3 something to draw"),
+        ("group_words", {"group": "A4", "moves": 2}, "moves=2 must leave A4"),
+        ("group_words", {"group": "Z5", "moves": 2}, "moves=2 must leave Z5"),
+        ("flip_flop", {"seq_len": 2}, "seq_len=2 must be at least 4"),
+        ("flip_flop", {"seq_len": 7}, "seq_len=7 must be a multiple of 2; use 6 or 8"),
+        ("flip_flop", {"ignore": 1.1}, "ignore=1.1 must be in [0, 1]: it is a probability"),
+        ("counting", {"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ("counting", {"most": 0}, "most=0 must be at least 1"),
+        ("counting", {"idle": 1.0}, "idle=1.0 must be in [0, 1): some tokens must count"),
+        ("copying", {"vocab_size": 3}, "vocab_size=3 must be at least 4: two letters, the bar and"),
+        ("copying", {"seq_len": 65}, "seq_len=65 must be a multiple of 2; use 64 or 66"),
+        ("copying", {"shortest": 66}, "shortest=66 must be at most seq_len = 64"),
+        (
+            "palindrome",
+            {"vocab_size": 3},
+            "vocab_size=3 must be at least 4: two letters, the bar and",
+        ),
+        ("palindrome", {"seq_len": 65}, "seq_len=65 must be a multiple of 2; use 64 or 66"),
+        ("palindrome", {"shortest": 66}, "shortest=66 must be at most seq_len = 64"),
+        ("stack", {"seq_len": 3}, "seq_len=3 must be at least 6"),
+        ("stack", {"seq_len": 256}, "seq_len=256 must be a multiple of 3; use 255 or 258"),
+        ("stack", {"stacks": 0}, "stacks=0 must be at least 1"),
+        ("stack", {"elements": 1}, "elements=1 must be at least 2"),
+        (
+            "induction",
+            {"vocab_size": 2},
+            "vocab_size=2 must be at least 3: two tokens and the mark",
+        ),
+        ("induction", {"seq_len": 2}, "seq_len=2 must be at least 3: the mark, its answer"),
+        ("retention", {"pairs": 0}, "pairs=0 must be at least 1"),
+        ("retention", {"pairs": 50}, "seq_len=128 must be at least 3 pairs = 150"),
+        ("retention", {"vocab_size": 17}, "vocab_size=17 must be at least 2 pairs + 2 = 18"),
+        ("filtering", {"pairs": 0}, "pairs=0 must be at least 1"),
+        ("filtering", {"pairs": 50}, "seq_len=128 must be at least 3 pairs = 150"),
+        ("filtering", {"vocab_size": 35}, "vocab_size=35 must be at least 4 pairs + 4 = 36"),
+        ("overwrite", {"pairs": 0}, "pairs=0 must be at least 1"),
+        ("overwrite", {"pairs": 50}, "seq_len=128 must be at least 3 pairs = 150"),
+        ("overwrite", {"vocab_size": 17}, "vocab_size=17 must be at least 2 pairs + 2 = 18"),
     ],
 )
 def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
@@ -586,6 +730,13 @@ def test_of_a_baseline_everything_can_be_answered(name):
 
 
 # ------------------------------------------------------------------ mqar
+
+
+def test_the_file_of_mqar_holds_the_published_lengths_and_pairs():
+    found = {(s.task.seq_len, s.task.pairs) for s in settings_of("mqar")}
+    rwkv7 = {(64, 4), (128, 8), (256, 16), (512, 64), (1024, 128), (2048, 256)}
+    assert found >= rwkv7 | {(256, pairs) for pairs in (4, 8, 16, 32, 64)}
+    assert all(s.task.vocab_size == 8192 for s in settings_of("mqar"))
 
 
 def test_mqar_asks_once_for_each_key_and_shows_nothing_twice():

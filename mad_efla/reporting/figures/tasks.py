@@ -1,7 +1,8 @@
 """A picture of a task: sequences as rows of cells, and below each scored token its answer, as SVG.
 
-Colour is the token's role. Keys, values and the rest differ in lightness too, so that a print
-without colour tells them apart. It is text, not a plot: the reader's machine brings the font.
+Colour is the token's role; a role of one letter is a sign, and stands in its cell instead of an id.
+Keys, values and the rest differ in lightness too, so that a print without colour tells them apart.
+It is text, not a plot: the reader's machine brings the font.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ _PER_LINE = 24
 _HEIGHT, _GAP = 26, 3  # of a cell and between cells, pixels
 _MARGIN, _LABELS = 10, 62  # around the picture, and for the words on the left
 _LETTER = 7.5  # of digits and of the legend
-_FADED = ("blank", "pad", "filler")  # one id, and nothing to read in it
+_FADED = ("blank", "pad", "filler", "idle")  # one id, and nothing to read in it
 
 
 class Look(NamedTuple):
@@ -33,11 +34,11 @@ class Look(NamedTuple):
 _PALE = Look("#f4f4f4", "#6b6b6b", "#b5b5b5")
 _MARKER = Look("#3a3a3a", "#ffffff", "#3a3a3a")
 _LOOKS = {
-    "key": Look("#0072b2", "#ffffff", "#0072b2"),
+    **dict.fromkeys(("key", "stack"), Look("#0072b2", "#ffffff", "#0072b2")),
     "value": Look("#f0b73c", "#111111", "#f0b73c"),
-    "token": Look("#8ecdf0", "#111111", "#8ecdf0"),
+    **dict.fromkeys(("token", "bit", "digit", "element"), Look("#8ecdf0", "#111111", "#8ecdf0")),
     "pixel": Look("#8a8a8a", "", "#6b6b6b"),
-    **dict.fromkeys(("copy", "insert", "compress"), _MARKER),
+    **dict.fromkeys(("copy", "insert", "compress", "mark"), _MARKER),
     **dict.fromkeys(("noise", *_FADED), _PALE),
 }
 _OTHER = Look("#ffffff", "#111111", "#6b6b6b")  # roles of a user's own task
@@ -114,7 +115,8 @@ def _line(
         if role == "pixel":
             parts += _cell(x, y, wide, "", _ink(token))
         else:
-            parts += _cell(x, y, wide, "" if role in _FADED else str(token), _look(role))
+            shown = role if len(role) == 1 else str(token)
+            parts += _cell(x, y, wide, "" if role in _FADED else shown, _look(role))
         if target >= 0:
             parts += _cell(x, below, wide, str(target), _ANSWER)
     return parts
@@ -126,7 +128,7 @@ def _path(d: str) -> str:
 
 def _legend(roles: list[str], y: int, width: int) -> tuple[list[str], int]:
     """Draw a cell and a word for each role, and for answers; return where they end, too."""
-    entries = [(role, _look(role)) for role in dict.fromkeys(roles)]
+    entries = [(role, _look(role)) for role in dict.fromkeys(roles) if len(role) > 1]
     entries.append(("answer, scored", _ANSWER))
     parts: list[str] = []
     x = left = _MARGIN + _LABELS
@@ -157,7 +159,7 @@ def _cell(x: int, y: int, wide: int, text: str, look: Look, height: int = _HEIGH
     if text:
         parts.append(
             f'<text x="{x + wide / 2:g}" y="{y + height / 2 + 4.5:g}" text-anchor="middle" '
-            f'fill="{look.text}">{text}</text>'
+            f'fill="{look.text}">{escape(text)}</text>'
         )
     return parts
 
