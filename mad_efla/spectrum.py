@@ -2,10 +2,13 @@
 
 Every function but `diagnose` is pure and reads the `Dynamics` of one layer on one batch,
 
-    S_t = A_t S_{t-1} + k_t v_t^T,    A_t = diag(exp(log_decay_t)) + a_t b_t^T,    o_t = S_t^T q_t
+    S_t = A_t S_{t-1} + k_t v_t^T,  A_t = diag(exp(log_decay_t)) R(angle_t) + a_t b_t^T
+    o_t = S_t^T q_t
 
-whatever mixer it comes from. `diagnose` runs a model, hands each layer to them, and reduces the
-lot to named scalars; `glance` takes the few that are cheap enough to log while a model trains.
+whatever mixer it comes from. Where a token takes several steps, lags, times and distances count
+tokens, decay and keys are those of each step. `diagnose` runs a model, hands each layer to them,
+and reduces the lot to named scalars; `glance` takes the few that are cheap enough to log while a
+model trains.
 
 Memory, in float64 numbers per layer: a few times B L H N, and B H N (N + P). Transitions are
 applied to matrices one token after the other and never stacked along L. Attention takes blocks
@@ -20,6 +23,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -56,6 +60,7 @@ class PerToken(NamedTuple):
     x: Float[Tensor, "B L H *N"] | None
     key_square: Float[Tensor, "B L H"] | None
     beta: Float[Tensor, "B L H"] | None
+    angle: Float[Tensor, "B L H half"] | None
 
 
 def per_token(dynamics: Dynamics) -> PerToken:
@@ -68,11 +73,12 @@ def per_token(dynamics: Dynamics) -> PerToken:
 
     Where d is one number per head, as in the delta family and Mamba-2, this is the eigenvalue
     along k: d exp(-x) for the exact step, d (1 - x) for Euler's, `step_eigenvalue` for all, and
-    exp(dt a) for Mamba-2. Where d differs between channels it is the mean share kept along u, and
-    the eigenvalues of a diagonal A are exp(-x). RWKV-7's transition is no step of a flow: no x.
-    A zero key has no direction; all channels then count the same. The eigenvalue is that of the
-    transition the mixer computed with: in float32, what an erase of nearly 1 leaves is rounding
-    under 1e-7.
+    exp(dt a) for Mamba-2. Where A turns pairs of rows, eigenvalues are d exp(+- i angle): then
+    `eigenvalue` is their modulus and `angle` beside it, in radians. Where d differs between
+    channels it is the mean share kept along u, and the eigenvalues of a diagonal A are exp(-x).
+    RWKV-7's transition is no step of a flow: no x. A zero key has no direction; all channels then
+    count the same. The eigenvalue is that of the transition the mixer computed with: in float32,
+    what an erase of nearly 1 leaves is rounding under 1e-7.
 
     Source: Lei et al., arXiv 2512.12602, Eq. 15.
     """
@@ -91,7 +97,8 @@ def per_token(dynamics: Dynamics) -> PerToken:
         x = beta * lambda_
     elif dynamics.a is None:
         x = -dynamics.log_decay.double()
-    return PerToken(kept * (1 - erase), erase, x, lambda_, beta)
+    angle = None if dynamics.angle is None else dynamics.angle.double()
+    return PerToken(kept * (1 - erase), erase, x, lambda_, beta, angle)
 
 
 def step_eigenvalue(x: Float[Tensor, "*axes"], step: str) -> Float[Tensor, "*axes"]:
@@ -162,12 +169,13 @@ def products(
     Raises:
         ValueError: If the lags do not rise from 1 or more to L at most.
     """
-    L = dynamics.k.shape[1]
+    L = dynamics.tokens
     if lags is None:
         lags = _whole(np.geomspace(1, max(1, L // 2), _LAGS))
     if not lags or lags[0] < 1 or lags[-1] > L or list(lags) != sorted(set(lags)):
         raise ValueError(f"lags={list(lags)} must rise within [1, {L}], the sequence's length")
-    follow = _diagonal_product if dynamics.a is None else _product
+    diagonal = dynamics.a is None and dynamics.angle is None
+    follow = _diagonal_product if diagonal else _product
     first = _whole(np.linspace(0, L - lags[-1], starts))
     found = [torch.stack(list(follow(dynamics, s, lags))) for s in first]
     return Products(torch.tensor(lags), torch.stack(found))
@@ -175,8 +183,9 @@ def products(
 
 def _diagonal_product(dynamics: Dynamics, start: int, lags: Sequence[int]) -> Iterator[Tensor]:
     before, total = 0, torch.zeros_like(dynamics.log_decay[:, 0], dtype=torch.float64)
+    n = dynamics.substeps
     for lag in lags:
-        window = dynamics.log_decay[:, start + before : start + lag]
+        window = dynamics.log_decay[:, (start + before) * n : (start + lag) * n]
         total, before = total + window.sum(1, dtype=torch.float64), lag
         yield total.sort(-1, descending=True).values
 
@@ -184,10 +193,11 @@ def _diagonal_product(dynamics: Dynamics, start: int, lags: Sequence[int]) -> It
 def _product(dynamics: Dynamics, start: int, lags: Sequence[int]) -> Iterator[Tensor]:
     product = _identity(dynamics)
     log_size = product.new_zeros(product.shape[:-2])
-    transitions = _transitions(dynamics, range(start, start + lags[-1]))
-    for lag, A in enumerate(transitions, 1):
+    n = dynamics.substeps
+    transitions = _transitions(dynamics, range(start * n, (start + lags[-1]) * n))
+    for i, A in enumerate(transitions, 1):
         product, log_size = _rescaled(_apply(A, product), log_size, tiny=1 / _HUGE)
-        if lag in lags:
+        if i % n == 0 and i // n in lags:
             yield torch.linalg.svdvals(product).log() + log_size[..., None]
 
 
@@ -225,7 +235,7 @@ def lyapunov(dynamics: Dynamics) -> Float[Tensor, "B H N"]:
     617-656.
     """
     L = dynamics.k.shape[1]
-    if dynamics.a is None:
+    if dynamics.a is None and dynamics.angle is None:
         logs = dynamics.log_decay.sum(1, dtype=torch.float64)
     else:
         Q = _identity(dynamics)
@@ -233,7 +243,7 @@ def lyapunov(dynamics: Dynamics) -> Float[Tensor, "B H N"]:
         for A in _transitions(dynamics, range(L)):
             Q, R = torch.linalg.qr(_apply(A, Q))
             logs += R.diagonal(dim1=-2, dim2=-1).abs().log()
-    return (logs / L).sort(-1, descending=True).values
+    return (logs / dynamics.tokens).sort(-1, descending=True).values
 
 
 # ------------------------------------------------------------------ states and keys
@@ -250,17 +260,22 @@ class StateSpectrum(NamedTuple):
 
 
 def states(dynamics: Dynamics) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run the recurrence in float64; yield S [B H N P] and log c [B H], where c S is the state."""
+    """Run the recurrence in float64; after each token yield S [B H N P] and log c [B H].
+
+    c S is the state.
+    """
     B, L, H, N = dynamics.k.shape
     tokens = range(L)
     S = dynamics.v.new_zeros(B, H, N, dynamics.v.shape[-1], dtype=torch.float64)
     log_size = S.new_zeros(B, H)
     keys, values = _each(dynamics.k, tokens), _each(dynamics.v, tokens)
-    for A, k, v in zip(_transitions(dynamics, tokens), keys, values, strict=True):
+    steps = zip(_transitions(dynamics, tokens), keys, values, strict=True)
+    for i, (A, k, v) in enumerate(steps, 1):
         k = k * (-log_size).exp()[..., None]
         S = torch.addcmul(_apply(A, S), k[..., None], v[..., None, :])
         S, log_size = _rescaled(S, log_size)
-        yield S, log_size
+        if i % dynamics.substeps == 0:
+            yield S, log_size
 
 
 def state_spectrum(dynamics: Dynamics, times: Sequence[int] | None = None) -> StateSpectrum:
@@ -280,7 +295,7 @@ def state_spectrum(dynamics: Dynamics, times: Sequence[int] | None = None) -> St
     Source: Roy and Vetterli 2007, The effective rank, EUSIPCO; Rudelson and Vershynin 2007,
     arXiv math/0503442, section 1.
     """
-    times = _sampled(dynamics.k.shape[1], times)
+    times = _sampled(dynamics.tokens, times)
     looked = []
     for t, (S, log_size) in enumerate(states(dynamics)):
         if t in times:
@@ -365,13 +380,13 @@ def reach(memory: Dynamics | AttentionTrace, times: Sequence[int] | None = None)
     Source: Kobayashi et al. 2020, arXiv 2004.10102 (weights times norms of values); Ali et
     al. 2024, arXiv 2403.01590 (a state's implied weights).
     """
-    L = memory.k.shape[1]
     if isinstance(memory, AttentionTrace):
+        L = memory.k.shape[1]
         times = list(range(L)) if times is None else _sampled(L, times)
         blocks = (times[i : i + _BLOCK] for i in range(0, len(times), _BLOCK))
         parts = [_spread_of(block, _attention_logs(memory, block)) for block in blocks]
     else:
-        times = _sampled(L, times)
+        times = _sampled(memory.tokens, times)
         parts = [_spread_of(times, _implied_logs(memory, times))]
     entropy, distance = (torch.cat(p) for p in zip(*parts, strict=True))
     return Reach(torch.tensor(times), entropy, distance)
@@ -389,19 +404,25 @@ def _attention_logs(trace: AttentionTrace, times: Sequence[int]) -> Float[Tensor
 
 
 def _implied_logs(dynamics: Dynamics, times: Sequence[int]) -> Float[Tensor, "T B H L"]:
-    """Return log(|w_ts| |v_s|), walking back from all queries at once."""
+    """Return log(|w_ts| |v_s|), walking back from all queries at once.
+
+    A token that takes several steps counts as the sum of what each of them wrote.
+    """
     B, L, H, N = dynamics.k.shape
+    n = dynamics.substeps
+    ends = [(t + 1) * n - 1 for t in times]
     U = dynamics.q.new_zeros(B, H, N, len(times), dtype=torch.float64)  # A_{s+1}^T ... A_t^T q_t
     log_size, logs = U.new_zeros(B, H, len(times)), U.new_empty(B, H, len(times), L)
     back = range(L - 1, -1, -1)
     queries, keys = _each(dynamics.q, back), _each(dynamics.k, back)
     for s, A, q, k in zip(back, _transitions(dynamics, back), queries, keys, strict=True):
-        if s in times:
-            U[..., times.index(s)] = q
+        if s in ends:
+            U[..., ends.index(s)] = q
         logs[..., s] = (k[..., None, :] @ U)[..., 0, :].abs().log() + log_size
         columns, log_size = _rescaled(_apply(A.transposed(), U).mT[..., None], log_size)
         U = columns[..., 0].mT
-    return (logs + _log_norms(dynamics.v)[:, :, None]).movedim(2, 0)
+    logs = logs + _log_norms(dynamics.v)[:, :, None]
+    return logs.unflatten(-1, (-1, n)).logsumexp(-1).movedim(2, 0)
 
 
 def _log_norms(v: Tensor) -> Float[Tensor, "B H L"]:
@@ -676,6 +697,8 @@ def _eigenvalue_scalars(tokens: PerToken) -> dict[str, Tensor]:
         "eigenvalue_min": tokens.eigenvalue.min(),
         "eigenvalue_max": tokens.eigenvalue.max(),
     }
+    if tokens.angle is not None:
+        found["angle_mean"], found["angle_max"] = tokens.angle.abs(), tokens.angle.abs().max()
     if tokens.x is not None:
         found["saturated"] = (tokens.x > SATURATED).double()
         found["beyond_euler"] = (tokens.x > EULER_LIMIT).double()
@@ -766,26 +789,32 @@ def _glance_layer(mixer: Mixer, x: Float[Tensor, "B L D"]) -> dict[str, Tensor]:
 
 
 class _Transition(NamedTuple):
-    """A = diag(decay) + a b^T of one token, in float64, shaped to be applied to matrices."""
+    """A = diag(decay) R + a b^T of one step, in float64, shaped to be applied to matrices.
+
+    R turns pairs of rows; on the left of its decay where `turned_last`, as in a transpose.
+    """
 
     decay: Float[Tensor, "B H N 1"]
     a: Float[Tensor, "B H N 1"] | None = None
     b: Float[Tensor, "B H 1 N"] | None = None
+    angle: Float[Tensor, "B H half 1"] | None = None
+    turned_last: bool = False
 
     def transposed(self) -> "_Transition":
-        if self.a is None or self.b is None:
-            return self
-        return _Transition(self.decay, self.b.mT, self.a.mT)
+        a = None if self.b is None else self.b.mT
+        b = None if self.a is None else self.a.mT
+        angle = None if self.angle is None else -self.angle
+        return _Transition(self.decay, a, b, angle, not self.turned_last)
 
 
 def _transitions(dynamics: Dynamics, tokens: range) -> Iterator[_Transition]:
-    decays = (x.exp()[..., None] for x in _each(dynamics.log_decay, tokens))
-    if dynamics.a is None or dynamics.b is None:
-        yield from map(_Transition, decays)
-        return
-    a = (x[..., None] for x in _each(dynamics.a, tokens))
-    b = (x[..., None, :] for x in _each(dynamics.b, tokens))
-    yield from map(_Transition, decays, a, b)
+    def columns(x: Tensor | None) -> Iterator[Tensor | None]:
+        return repeat(None) if x is None else (y[..., None] for y in _each(x, tokens))
+
+    given = (columns(x) for x in (dynamics.log_decay, dynamics.a, dynamics.b, dynamics.angle))
+    for log_decay, a, b, angle in zip(*given, strict=False):
+        assert log_decay is not None
+        yield _Transition(log_decay.exp(), a, None if b is None else b.mT, angle)
 
 
 def _each(x: Float[Tensor, "B L H D"], tokens: range) -> Iterator[Float[Tensor, "B H D"]]:
@@ -795,8 +824,21 @@ def _each(x: Float[Tensor, "B L H D"], tokens: range) -> Iterator[Float[Tensor, 
 
 
 def _apply(A: _Transition, M: Float[Tensor, "B H N m"]) -> Float[Tensor, "B H N m"]:
-    out = A.decay * M
+    if A.angle is None:
+        out = A.decay * M
+    elif A.turned_last:
+        out = _turned(A.decay * M, A.angle)
+    else:
+        out = A.decay * _turned(M, A.angle)
     return out if A.a is None or A.b is None else torch.addcmul(out, A.a, A.b @ M)
+
+
+def _turned(M: Float[Tensor, "B H N m"], angle: Float[Tensor, "B H half 1"]) -> Tensor:
+    """Turn rows 2i and 2i + 1 by angle_i."""
+    first, second = M.unflatten(-2, (-1, 2)).unbind(-2)
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.stack([cos * first - sin * second, sin * first + cos * second], dim=-2)
+    return turned.flatten(-3, -2)
 
 
 def _identity(dynamics: Dynamics) -> Float[Tensor, "B H N N"]:

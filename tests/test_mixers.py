@@ -17,6 +17,9 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("delta", {"keys": "l2", "step": "exact", "beta": "softplus"}),
     ("delta", {"keys": "l2", "step": "exact", "decay": "joint"}),
     ("delta", {"keys": "raw", "step": "kaczmarz", "decay": "separate", "conv": 1}),
+    ("delta", {"keys": "raw", "step": "exact", "householders": 2, "decay": "joint"}),
+    ("delta", {"keys": "raw", "step": "exact", "reflect": True, "decay": "channel"}),
+    ("deltaproduct", {"householders": 3, "decay": "separate", "key_dim": 6, "value_dim": 10}),
     ("gated_deltanet", {"conv": 0, "output_gate": True}),
     ("gated_efla", {"conv": 0, "beta": "softplus"}),
     ("mamba2", {"conv": 0, "output_norm": False}),
@@ -78,6 +81,7 @@ D2 = 128 * 128
 COSTS = {
     "attention": (4 * D2, 0, 2 * 128 * 128, 0, 4 * 128 * 129 // 2),
     "efla": (4 * D2 + 8 * 128 + 4 * 384, 8 + 16, 2048, 3 * 384, 6 * 2048),
+    "deltaproduct": (6 * D2 + 16 * 128 + 4 * 640, 16 + 16, 2048, 3 * 640, 10 * 2048),
     "gated_deltanet": (4 * D2 + 2 * 8 * 128 + 4 * 384, 8 + 16 + 16, 2048, 3 * 384, 7 * 2048),
     "gla": (5 * D2 + 2 * 16 * 128 + 4 * 384, 128 + 16, 2048, 3 * 384, 5 * 2048),
     "identity": (0, 0, 0, 0, 0),
