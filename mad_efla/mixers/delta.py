@@ -83,6 +83,8 @@ class Parts(NamedTuple):
         log_decay: Log of the decay of the old state, of each of its rows if it is one per channel;
             None where it does not decay.
         written: Where to erase and write; None for the key itself.
+        read: What is read from the old state before it decays, to be erased; None for erase key
+            from the state that has decayed.
     """
 
     q: Float[Tensor, "B L H Dk"]
@@ -92,12 +94,14 @@ class Parts(NamedTuple):
     write: Float[Tensor, "B L H"]
     log_decay: Float[Tensor, "B L H *Dk"] | None
     written: Float[Tensor, "B L H Dk"] | None = None
+    read: Float[Tensor, "B L H Dk"] | None = None
 
     @property
     def one_key(self) -> bool:
         """Whether the step is a delta rule on a single key with a single decay."""
         strengths = (self.erase,) if self.log_decay is None else (self.erase, self.log_decay)
-        return self.written is None and all(x.ndim < self.key.ndim for x in strengths)
+        plain = self.written is None and self.read is None
+        return plain and all(x.ndim < self.key.ndim for x in strengths)
 
     def transition(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return log decay, a and b of the transition diag(exp(log_decay)) + a b^T; see `dplr`."""
@@ -111,7 +115,8 @@ class Parts(NamedTuple):
         written = self.key if self.written is None else self.written
         if self.one_key:
             return log_decay, -(log_decay.exp() * erase) * written, self.key
-        return log_decay, -written, log_decay.exp() * erase * self.key
+        read = log_decay.exp() * erase * self.key if self.read is None else self.read
+        return log_decay, -written, read
 
     @property
     def k(self) -> Float[Tensor, "*tokens H Dk"]:

@@ -88,7 +88,7 @@ def test_it_is_the_family_s_equation(fields):
     assert_is_the_loop(built, family(built.config), tolerance=1e-11)
 
 
-@pytest.mark.parametrize("name", ["deltaproduct"])
+@pytest.mark.parametrize("name", ["kda", "deltaproduct"])
 def test_a_corner_is_the_family_s_equation(name):
     built = mixer(name, heads=H, conv=0)
     assert_is_the_loop(built, family(built.config))
@@ -97,6 +97,8 @@ def test_a_corner_is_the_family_s_equation(name):
 @pytest.mark.parametrize(
     ("name", "fields", "corner"),
     [
+        ("kda", {}, {"keys": "l2", "step": "euler", "decay": "channel"}),
+        ("kda", {"keys": "raw", "step": "exact"}, {"decay": "channel"}),
         (
             "deltaproduct",
             {},
@@ -130,6 +132,20 @@ def test_a_second_step_that_does_nothing_leaves_one():
         for name in ("out.weight", "decay.weight", "a_log", "dt_bias"):
             one.get_parameter(name).copy_(two.get_parameter(name))
     torch.testing.assert_close(two(example()), one(example()), rtol=1e-11, atol=1e-13)
+
+
+def test_one_decay_in_all_channels_is_gated_deltanet():
+    kda, gated = make("kda", {}), make("gated_deltanet", {})
+    H, Dk = kda.config.heads, kda.Dk
+    with torch.no_grad():
+        for name, p in gated.named_parameters():
+            if not name.startswith(("decay", "dt_bias")):
+                p.copy_(kda.get_parameter(name))
+        kda.dt_bias.copy_(gated.dt_bias.repeat_interleave(Dk))
+        kda.decay[1].weight.copy_(kda.decay[1].weight[::Dk].repeat_interleave(Dk, 0))
+        gated.decay.weight.copy_((kda.decay[1].weight @ kda.decay[0].weight)[::Dk])
+    assert gated.decay.weight.shape[0] == H
+    torch.testing.assert_close(kda(example()), gated(example()), rtol=1e-11, atol=1e-13)
 
 
 # ---- reflection
