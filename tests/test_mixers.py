@@ -1,6 +1,7 @@
 """One battery that every mixer passes, found by discovery."""
 
 import pytest
+import torch
 
 import mad_efla.mixers
 from mad_efla import contract, model, plugins
@@ -21,6 +22,13 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("delta", {"keys": "raw", "step": "exact", "reflect": True, "decay": "channel"}),
     ("deltaproduct", {"householders": 3, "decay": "separate", "key_dim": 6, "value_dim": 10}),
     ("gated_deltanet", {"conv": 0, "output_gate": True}),
+    ("kda", {"output_gate": "low_rank", "key_dim": 6, "value_dim": 10, "heads": 3}),
+    ("kda", {"keys": "raw", "step": "exact", "conv": 0}),
+    ("comba", {"conv": 0, "output_gate": True}),
+    ("comba", {"key_dim": 6, "value_dim": 10, "heads": 3, "reflect": True}),
+    ("pgdn", {"key_dim": 6, "value_dim": 10, "heads": 3, "beta": "2sigmoid"}),
+    ("pkda", {"conv": 0, "output_gate": "low_rank"}),
+    ("gdn2", {"output_gate": "low_rank", "key_dim": 6, "value_dim": 10, "heads": 3}),
     ("gated_efla", {"conv": 0, "beta": "softplus"}),
     ("mamba2", {"conv": 0, "output_norm": False}),
     ("mamba2", {"expand": 2, "state_dim": 4}),
@@ -53,10 +61,16 @@ NOT_FIXED = {"attention", "hyena", "identity"}
 ONE_HEAD = {"plain_delta", "plain_efla", "plain_deltanet"}  # as published
 
 
+# What stands beside a memory of 2,048 numbers: the diagonal of the keys' second moment.
+BESIDE = {"pgdn": 128, "pkda": 128}
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_FIXED - ONE_HEAD))
 def test_default_states_of_fixed_state_mixers_are_equal(name):
     fields = {"conv": 0} if "conv" in plugins.mixer(name).Config.model_fields else {}
-    assert subject(name, fields, 128).build().state_size(128) == 2048
+    built = subject(name, fields, 128).build()
+    assert built.state_size(128) == 2048 + BESIDE.get(name, 0)
+    assert built.initial_state(1, torch.device("meta"))[0].numel() == 2048
 
 
 @pytest.mark.parametrize(
@@ -96,6 +110,19 @@ COSTS = {
     "mamba2": (128 * 296 + D2 + 4 * 160, 160 + 128 + 3 * 8, 2048, 3 * 160, 5 * 2048),
     "rwkv7": (4 * D2 + 2 * 128 * (32 + 32 + 64), 128 * (2 + 6 + 3 + 2), 2048, 128, 9 * 2048),
 }
+LOW_RANK = 2 * 16 * 128
+COSTS["kda"] = (4 * D2 + 8 * 128 + LOW_RANK + 4 * 384, 8 + 16 + 8 + 128, 2048, 3 * 384, 7 * 2048)
+COSTS["gdn2"] = (6 * D2 + LOW_RANK + 4 * 384, 16 + 8 + 128, 2048, 3 * 384, 7 * 2048)
+COSTS["comba"] = (4 * D2 + 16 * 128 + 4 * 384, 8 + 16 + 16 + 16, 2048, 3 * 384, 7 * 2048)
+MOMENT = 2 * 8 * 128  # of preconditioned rules: two maps to 8 heads
+COSTS["pgdn"] = (4 * D2 + 16 * 128 + MOMENT + 4 * 384, 64, 2048 + 128, 3 * 384, 7 * 2048)
+COSTS["pkda"] = (
+    4 * D2 + 8 * 128 + LOW_RANK + MOMENT + 4 * 384,
+    8 + 16 + 8 + 128 + 24,
+    2048 + 128,
+    3 * 384,
+    7 * 2048,
+)
 COSTS |= dict.fromkeys(("delta", "deltanet", "longhorn"), COSTS["efla"])
 COSTS |= dict.fromkeys(ONE_HEAD, (3 * D2 + 128, 1, D2, 0, 6 * D2))
 COSTS["gated_efla"] = COSTS["gated_deltanet"]
