@@ -240,6 +240,43 @@ def test_kimi_delta_attention(monkeypatch):
     assert_same_layer(ours, layer, translate, rows(), fixed=["beta.bias"])
 
 
+@pytest.mark.parametrize("mode", ["inference", "train_with_padding"])
+def test_mlstm_of_xlstm(mode):
+    module = peer("transformers.models.xlstm.modeling_xlstm")
+    config = peer("transformers").xLSTMConfig(
+        hidden_size=D,
+        num_heads=4,
+        num_hidden_layers=1,
+        mode=mode,
+        return_last_states=mode == "inference",
+        eps=0.0,
+        chunk_size=16,
+    )
+    layer = build(lambda config, layer_idx: module.xLSTMLayer(config), config)
+    ours = mixer("mlstm", heads=4, key_dim=4, value_dim=8, conv=0)
+
+    def translate(w):
+        q, k, v = w["qkv.weight"].split(ours.widths)
+        return {
+            "q.weight": q,
+            "k.weight": k,
+            "v.weight": v,
+            "ogate_preact.weight": w["gate.weight"],
+            "igate_preact.weight": w["input.weight"],
+            "igate_preact.bias": w["input.bias"],
+            "fgate_preact.weight": w["forget.weight"],
+            "fgate_preact.bias": w["forget.bias"],
+            "multihead_norm.weight": w["norm.weight"].repeat(4),
+            "out_proj.weight": w["out.weight"],
+        }
+
+    def run(layer, x):
+        found = layer(x)
+        return found[0] if isinstance(found, tuple) else found
+
+    assert_same_layer(ours, layer, translate, rows(), run=run)
+
+
 def memory(seed=0, B=2, L=37, H=3, Dk=6, Dv=5):
     """Draw what a delta rule takes, on unit keys."""
     return {
