@@ -139,3 +139,50 @@ def test_preconditioned_rules(name):
         )[0]
 
     assert_same_rule(mixer(name, **SIZES), theirs)
+
+
+def test_mesa():
+    rule = peer("fla.ops.mesa_net.naive").naive_mesa_net_exact
+
+    def theirs(ours, x, p):
+        ridge = (F.softplus(ours.ridge) + 0.25).view(H, -1)
+        q = p.q / p.q.shape[-1] ** 0.5  # this one does not scale it
+        return rule(q, p.key, p.v, p.log_decay, ridge, p.erase)[0]
+
+    # Its two memories are of one shape.
+    assert_same_rule(mixer("mesa", heads=H, key_dim=8, value_dim=8), theirs)
+
+
+def test_retention():
+    rule = peer("fla.ops.retention.naive").naive_retention
+    ours = mixer("retnet", heads=H, key_dim=6, value_dim=10)
+
+    class Retention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ours = ours
+
+        def forward(self, x):
+            q, k, v = ours._heads(ours.conv(ours.qkv(x)))
+            q, k = (_turned(z * s) for z, s in ((q, q.shape[-1] ** 0.5), (k, 1)))
+            o = rule(*(z.transpose(1, 2) for z in (q, k, v))).transpose(1, 2)
+            return ours._output(x, o)
+
+    theirs, weights = Retention(), dict(ours.named_parameters())
+
+    def call_ours(x, **w):
+        return functional_call(ours, w, (x,))
+
+    def call_theirs(x, **w):
+        return functional_call(theirs, {f"ours.{n}": p for n, p in w.items()}, (x,))
+
+    assert_same(call_ours, call_theirs, {"x": rows(40), **weights})
+
+
+def _turned(z):
+    """Turn by positions, as complex numbers."""
+    pairs = torch.view_as_complex(z.unflatten(-1, (-1, 2)).contiguous())
+    Dk, places = z.shape[-1], torch.arange(z.shape[1])
+    angles = places[:, None, None] * 10_000.0 ** (-torch.arange(0, Dk, 2) / Dk)
+    turned = pairs * torch.polar(torch.ones_like(angles), -angles)
+    return torch.view_as_real(turned).flatten(-2)
