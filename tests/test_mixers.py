@@ -50,6 +50,8 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("mlstm", {"key_dim": 6, "value_dim": 10, "heads": 3, "output_gate": False}),
     ("mesa", {"conv": 0, "decay": "none"}),
     ("mesa", {"key_dim": 6, "value_dim": 10, "heads": 3, "output_gate": True}),
+    ("mamba3", {"conv": 4, "expand": 2}),
+    ("mamba3", {"state_dim": 6, "rotary": 1.0, "heads": 4}),
     ("hyena", {"conv": 0, "scale": 8}),
     ("hyena", {"bands": 1, "filter_layers": 1, "frequency": 10.0}),
 ]
@@ -67,8 +69,8 @@ ONE_HEAD = {"plain_delta", "plain_efla", "plain_deltanet"}  # as published
 
 
 # What stands beside a memory of 2,048 numbers: the diagonal of the keys' second moment, a
-# normaliser.
-BESIDE = {"pgdn": 128, "pkda": 128, "mlstm": 128}
+# normaliser, the token before.
+BESIDE = {"pgdn": 128, "pkda": 128, "mlstm": 128, "mamba3": 16 + 128}
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_FIXED - ONE_HEAD))
@@ -117,6 +119,13 @@ COSTS = {
 LOW_RANK = 2 * 16 * 128
 COSTS["kda"] = (4 * D2 + 8 * 128 + LOW_RANK + 4 * 384, 8 + 16 + 8 + 128, 2048, 3 * 384, 7 * 2048)
 COSTS["gdn2"] = (6 * D2 + LOW_RANK + 4 * 384, 16 + 8 + 128, 2048, 3 * 384, 7 * 2048)
+COSTS["mamba3"] = (
+    128 * (288 + 28) + D2,
+    2 * 16 + 2 * 128 + 16,
+    2048 + 16 + 128,
+    0,
+    5 * 2048,
+)
 COSTS["retnet"] = (5 * D2 + 4 * 384, 16, 2048, 3 * 384, 5 * 2048)
 COSTS["mlstm"] = (
     5 * D2 + 2 * 8 * 128 + 4 * 384,
