@@ -18,7 +18,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mad_efla.mixers import in_full
 from mad_efla.mixers.delta import Delta, Parts
 from mad_kernels import l2_normalize
 
@@ -46,7 +45,7 @@ class GDN2(Delta):
         q, k, v = self._heads(qkv)
         erase, write = (
             rearrange(gate, "... (H D) -> ... H D", H=self.config.heads)
-            for gate in (self._beta(x), torch.sigmoid(in_full(self.write, x)))
+            for gate in (self._beta(x), torch.sigmoid(self.write(x)))
         )
         all_ = torch.ones_like(erase[..., 0])
         v = (write * v).to(v.dtype)
