@@ -76,12 +76,15 @@ kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @kinds
 def test_products_are_the_dense_ones(kind):
     dynamics, A = memory(**kind), whole(memory(**kind))
-    found = spectrum.products(dynamics, lags=[1, 2, 4], starts=1)
-    for i, lag in enumerate((1, 2, 4)):
-        product = torch.eye(N, dtype=torch.float64)
-        for t in range(lag):
-            product = A[:, t] @ product
-        close(found.log_singular_values[0, i], torch.linalg.svdvals(product).log(), 1e-7)
+    found = spectrum.products(dynamics, lags=[1, 2, 4], starts=2)
+    starts = sorted({0, dynamics.tokens - 4})
+    assert len(found.log_singular_values) == len(starts)
+    for logs, start in zip(found.log_singular_values, starts, strict=True):
+        for i, lag in enumerate((1, 2, 4)):
+            product = torch.eye(N, dtype=torch.float64)
+            for t in range(start, start + lag):
+                product = A[:, t] @ product
+            close(logs[i], torch.linalg.svdvals(product).log(), 1e-7)
 
 
 @kinds
