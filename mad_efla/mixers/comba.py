@@ -9,7 +9,7 @@ decays: along k the state is multiplied by a - b beta, where Gated DeltaNet has 
 a = b = 1 and d = 0 it is DeltaNet. The body is that of the delta family, `delta.py`.
 
 Legend: a and beta as in `gated_deltanet`; `feedback`; `correction` d.
-Source: Hu et al. 2025, arXiv 2506.02475, section 3 (scalar plus low rank, output correction), and
+Source: Hu et al. 2025, arXiv 2506.02475 (scalar plus low rank, output correction), and
 the chunk form that came with it in flash-linear-attention, whose token loop decays before it reads
 and is another rule. Initial values: b = sigmoid(1) from there, d = 0.02 as the authors take it for
 their smaller model (1 for the larger). Departures: that layer forms b k and q - d b k first and

@@ -9,7 +9,7 @@ product of matrices with positive eigenvalues along every k_j can be. This is th
 step: euler, householders: n` of the delta family, beta: 2sigmoid by default; the body is in
 `delta.py`. `step: exact` there is the same product of EFLA's steps.
 
-Source: Siems et al. 2025, arXiv 2502.10297, section 4. Departures: no output gate by default, as in
+Source: Siems et al. 2025, arXiv 2502.10297. Departures: no output gate by default, as in
 DeltaNet here. `decay: separate` is their Gated DeltaProduct.
 """
 

@@ -8,7 +8,7 @@ This is the corner `keys: l2, step: euler, decay: channel` of the delta family; 
 `delta.py`. `step: exact` integrates the token exactly on the decayed state, with `keys: raw` as
 EFLA does; `step` and `keys` are free.
 
-Source: Kimi Team 2025, arXiv 2510.26692, Eq. 1 and section 4; initial weights from the layer of
+Source: Kimi Team 2025, arXiv 2510.26692; initial weights from the layer of
 flash-linear-attention that came with it. Departures: no output gate by default, so that only the
 decay differs from Gated DeltaNet; the authors' block has one, `output_gate: low_rank`.
 """

@@ -9,7 +9,7 @@ per token, so this is the bound of what such rules can recall. It costs a solve 
 token. The body is that of the delta family, `delta.py`.
 
 Legend: a, beta as in `gated_deltanet`; `decay: none` leaves a = 1, recursive least squares.
-Source: von Oswald et al. 2025, arXiv 2506.05233, Eq. 5-8; Lambda from the layer in
+Source: von Oswald et al. 2025, arXiv 2506.05233; Lambda from the layer in
 flash-linear-attention. Departures: solved by Cholesky's method where the authors take up to 30
 steps of conjugate gradients; a as in Gated DeltaNet here, where they have a sigmoid; v goes through
 convolution and silu as q and k do. 16 heads, so that H and G of a layer are 2,048 numbers at width

@@ -10,7 +10,7 @@ sigmoid cannot. The normaliser n divides by the weights' sum. cap(u) = c tanh(u 
 
 Legend: H heads, Dk = key_dim, Dv = value_dim, S the state [Dk, Dv] of a head; the paper's C is S,
 its c is `soft_cap`.
-Source: Beck et al. 2024, arXiv 2405.04517, Eq. 19-27; the layer, its caps and its norm (mean taken
+Source: Beck et al. 2024, arXiv 2405.04517; the layer, its caps and its norm (mean taken
 out, no bias) are those of xLSTM 7B, Beck et al. 2025, arXiv 2503.13427; gates start as in the first
 paper's code, W_i = W_f = 0, b_i from N(0, 0.1), b_f from 3 to 6 over the heads, as the later -10
 for b_i leaves almost nothing in a short training. Departures: no running maximum m: with a cap of

@@ -9,7 +9,7 @@ transition are gamma exp(+- i angle). Nothing depends on the token. In the paral
 are turned by their position instead, as rotary positions do.
 
 Legend: H heads, Dk = key_dim, Dv = value_dim, S the state [Dk, Dv] of a head.
-Source: Sun et al. 2023, arXiv 2307.08621, Eq. 5-8; angles of the rotary positions it refers to,
+Source: Sun et al. 2023, arXiv 2307.08621; angles of the rotary positions it refers to,
 arXiv 2104.09864. Departures: by default a short convolution and silu on q, k and v, as in the delta
 family; the published layer has neither, `conv: 0`. q is not multiplied by Dk^-1/2, which the output
 norm would undo but for its eps. 8 heads of 16 x 16 at width 128, where the authors take values
