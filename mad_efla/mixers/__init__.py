@@ -143,6 +143,17 @@ def split_heads(
     return [rearrange(part, "... (H Dh) -> ... H Dh", H=heads) for part in x.split(widths, dim=-1)]
 
 
+def turn(
+    x: Float[Tensor, "*axes D"], angle: Float[Tensor, "*angles half"]
+) -> Float[Tensor, "*axes D"]:
+    """Turn channels 2i and 2i + 1 by angle_i, in radians; channels beyond the angles stay."""
+    turned, rest = x[..., : 2 * angle.shape[-1]], x[..., 2 * angle.shape[-1] :]
+    first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    turned = torch.stack([cos * first - sin * second, sin * first + cos * second], dim=-1)
+    return torch.cat([turned.flatten(-2), rest], dim=-1)
+
+
 def in_full(module: nn.Module, x: Tensor) -> Tensor:
     """Apply a module in the precision of its weights, whatever autocast says.
 

@@ -192,6 +192,7 @@ _LATER: dict[tuple[str, str], Any] = {
     ("optim", "decay"): "matrices",
     ("train", "stop_metric"): "token_accuracy",
 }
+_LATER_OF_MIXERS: dict[str, Any] = {"householders": 1, "reflect": False}
 
 
 class RunConfig(Section):
@@ -234,6 +235,10 @@ class RunConfig(Section):
             held = values[section] if section else values
             if held[field] == default:
                 del held[field]
+        values["mixers"] = [
+            {k: v for k, v in m.items() if k not in _LATER_OF_MIXERS or v != _LATER_OF_MIXERS[k]}
+            for m in values["mixers"]
+        ]
         return canonical_json(values)
 
     @cached_property

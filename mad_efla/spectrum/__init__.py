@@ -3,10 +3,12 @@
 Every function but `diagnose` and `training_scalars` is pure and reads the `Dynamics` of one layer
 on one batch,
 
-    S_t = A_t S_{t-1} + k_t v_t^T,    A_t = diag(exp(log_decay_t)) + a_t b_t^T,    o_t = S_t^T q_t
+    S_t = A_t S_{t-1} + k_t v_t^T,  A_t = diag(exp(log_decay_t)) R(angle_t) + a_t b_t^T
+    o_t = S_t^T q_t
 
-whatever mixer it comes from. Memory, in float64 numbers per layer: a few times B L H N, and
-B H N (N + P).
+whatever mixer it comes from. Where a token takes several steps, lags, times and distances count
+tokens, decay and keys are those of each step. Memory, in float64 numbers per layer: a few times
+B L H N, and B H N (N + P).
 
     transitions.py   single tokens, products of transitions, horizons, Lyapunov exponents
     states.py        singular values of states, overlap of keys

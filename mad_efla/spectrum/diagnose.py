@@ -270,6 +270,8 @@ def _eigenvalue_scalars(tokens: PerToken) -> dict[str, Tensor]:
         "eigenvalue_min": tokens.eigenvalue.min(),
         "eigenvalue_max": tokens.eigenvalue.max(),
     }
+    if tokens.angle is not None:
+        found["angle_mean"], found["angle_max"] = tokens.angle.abs(), tokens.angle.abs().max()
     if tokens.x is not None:
         found["saturated"] = (tokens.x > SATURATED).double()
         found["beyond_euler"] = (tokens.x > EULER_LIMIT).double()

@@ -46,13 +46,13 @@ def reach(memory: Dynamics | AttentionTrace, times: Sequence[int] | None = None)
     Source: Kobayashi et al. 2020, arXiv 2004.10102 (weights times norms of values); Ali et
     al. 2024, arXiv 2403.01590 (a state's implied weights).
     """
-    L = memory.k.shape[1]
     if isinstance(memory, AttentionTrace):
+        L = memory.k.shape[1]
         times = list(range(L)) if times is None else sampled(L, times)
         blocks = (times[i : i + BLOCK] for i in range(0, len(times), BLOCK))
         parts = [_spread_of(block, _attention_logs(memory, block)) for block in blocks]
     else:
-        times = sampled(L, times)
+        times = sampled(memory.tokens, times)
         parts = [_spread_of(times, _implied_logs(memory, times))]
     entropy, distance = (torch.cat(p) for p in zip(*parts, strict=True))
     return Reach(torch.tensor(times), entropy, distance)
@@ -70,19 +70,25 @@ def _attention_logs(trace: AttentionTrace, times: Sequence[int]) -> Float[Tensor
 
 
 def _implied_logs(dynamics: Dynamics, times: Sequence[int]) -> Float[Tensor, "T B H L"]:
-    """Return log(|w_ts| |v_s|), walking back from all queries at once."""
+    """Return log(|w_ts| |v_s|), walking back from all queries at once.
+
+    A token that takes several steps counts as the sum of what each of them wrote.
+    """
     B, L, H, N = dynamics.k.shape
+    n = dynamics.substeps
+    ends = [(t + 1) * n - 1 for t in times]
     U = dynamics.q.new_zeros(B, H, N, len(times), dtype=torch.float64)  # A_{s+1}^T ... A_t^T q_t
     log_size, logs = U.new_zeros(B, H, len(times)), U.new_empty(B, H, len(times), L)
     back = range(L - 1, -1, -1)
     queries, keys = each(dynamics.q, back), each(dynamics.k, back)
     for s, A, q, k in zip(back, transitions(dynamics, back), queries, keys, strict=True):
-        if s in times:
-            U[..., times.index(s)] = q
+        if s in ends:
+            U[..., ends.index(s)] = q
         logs[..., s] = (k[..., None, :] @ U)[..., 0, :].abs().log() + log_size
         columns, log_size = rescaled(apply(A.transposed(), U).mT[..., None], log_size)
         U = columns[..., 0].mT
-    return (logs + _log_norms(dynamics.v)[:, :, None]).movedim(2, 0)
+    logs = logs + _log_norms(dynamics.v)[:, :, None]
+    return logs.unflatten(-1, (-1, n)).logsumexp(-1).movedim(2, 0)
 
 
 def _log_norms(v: Tensor) -> Float[Tensor, "B H L"]:

@@ -32,17 +32,22 @@ class StateSpectrum(NamedTuple):
 
 
 def states(dynamics: Dynamics) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run the recurrence in float64; yield S [B H N P] and log c [B H], where c S is the state."""
+    """Run the recurrence in float64; after each token yield S [B H N P] and log c [B H].
+
+    c S is the state.
+    """
     B, L, H, N = dynamics.k.shape
     tokens = range(L)
     S = dynamics.v.new_zeros(B, H, N, dynamics.v.shape[-1], dtype=torch.float64)
     log_size = S.new_zeros(B, H)
     keys, values = each(dynamics.k, tokens), each(dynamics.v, tokens)
-    for A, k, v in zip(transitions(dynamics, tokens), keys, values, strict=True):
+    steps = zip(transitions(dynamics, tokens), keys, values, strict=True)
+    for i, (A, k, v) in enumerate(steps, 1):
         k = k * (-log_size).exp()[..., None]
         S = torch.addcmul(apply(A, S), k[..., None], v[..., None, :])
         S, log_size = rescaled(S, log_size)
-        yield S, log_size
+        if i % dynamics.substeps == 0:
+            yield S, log_size
 
 
 def state_spectrum(dynamics: Dynamics, times: Sequence[int] | None = None) -> StateSpectrum:
@@ -62,7 +67,7 @@ def state_spectrum(dynamics: Dynamics, times: Sequence[int] | None = None) -> St
     Source: Roy and Vetterli 2007, The effective rank, EUSIPCO; Rudelson and Vershynin 2007,
     arXiv math/0503442, section 1.
     """
-    times = sampled(dynamics.k.shape[1], times)
+    times = sampled(dynamics.tokens, times)
     looked = []
     for t, (S, log_size) in enumerate(states(dynamics)):
         if t in times:

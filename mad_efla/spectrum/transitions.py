@@ -1,6 +1,6 @@
 """What single tokens and runs of tokens leave of a state: eigenvalues, products of transitions.
 
-    S_t = A_t S_{t-1} + k_t v_t^T,    A_t = diag(exp(log_decay_t)) + a_t b_t^T
+    S_t = A_t S_{t-1} + k_t v_t^T,    A_t = diag(exp(log_decay_t)) R(angle_t) + a_t b_t^T
 
 Transitions are applied to matrices one token after the other and never stacked along L. Nothing
 overflows: products and states carry the logarithm of their size beside them. Singular values below
@@ -12,6 +12,7 @@ starts.
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,7 @@ class PerToken(NamedTuple):
     x: Float[Tensor, "B L H *N"] | None
     key_square: Float[Tensor, "B L H"] | None
     beta: Float[Tensor, "B L H"] | None
+    angle: Float[Tensor, "B L H half"] | None
 
 
 def per_token(dynamics: Dynamics) -> PerToken:
@@ -56,11 +58,12 @@ def per_token(dynamics: Dynamics) -> PerToken:
 
     Where d is one number per head, as in the delta family and Mamba-2, this is the eigenvalue
     along k: d exp(-x) for the exact step, d (1 - x) for Euler's, `step_eigenvalue` for all, and
-    exp(dt a) for Mamba-2. Where d differs between channels it is the mean share kept along u, and
-    the eigenvalues of a diagonal A are exp(-x). RWKV-7's transition is no step of a flow: no x.
-    A zero key has no direction; all channels then count the same. The eigenvalue is that of the
-    transition the mixer computed with: in float32, what an erase of nearly 1 leaves is rounding
-    under 1e-7.
+    exp(dt a) for Mamba-2. Where A turns pairs of rows, eigenvalues are d exp(+- i angle): then
+    `eigenvalue` is their modulus and `angle` beside it, in radians. Where d differs between
+    channels it is the mean share kept along u, and the eigenvalues of a diagonal A are exp(-x).
+    RWKV-7's transition is no step of a flow: no x. A zero key has no direction; all channels then
+    count the same. The eigenvalue is that of the transition the mixer computed with: in float32,
+    what an erase of nearly 1 leaves is rounding under 1e-7.
 
     Source: Lei et al., arXiv 2512.12602, Eq. 15.
     """
@@ -79,7 +82,8 @@ def per_token(dynamics: Dynamics) -> PerToken:
         x = beta * lambda_
     elif dynamics.a is None:
         x = -dynamics.log_decay.double()
-    return PerToken(kept * (1 - erase), erase, x, lambda_, beta)
+    angle = None if dynamics.angle is None else dynamics.angle.double()
+    return PerToken(kept * (1 - erase), erase, x, lambda_, beta, angle)
 
 
 def step_eigenvalue(x: Float[Tensor, "*axes"], step: str) -> Float[Tensor, "*axes"]:
@@ -150,12 +154,13 @@ def products(
     Raises:
         ValueError: If the lags do not rise from 1 or more to L at most.
     """
-    L = dynamics.k.shape[1]
+    L = dynamics.tokens
     if lags is None:
         lags = whole(np.geomspace(1, max(1, L // 2), _LAGS))
     if not lags or lags[0] < 1 or lags[-1] > L or list(lags) != sorted(set(lags)):
         raise ValueError(f"lags={list(lags)} must rise within [1, {L}], the sequence's length")
-    follow = _diagonal_product if dynamics.a is None else _product
+    diagonal = dynamics.a is None and dynamics.angle is None
+    follow = _diagonal_product if diagonal else _product
     first = whole(np.linspace(0, L - lags[-1], starts))
     found = [torch.stack(list(follow(dynamics, s, lags))) for s in first]
     return Products(torch.tensor(lags), torch.stack(found))
@@ -163,8 +168,9 @@ def products(
 
 def _diagonal_product(dynamics: Dynamics, start: int, lags: Sequence[int]) -> Iterator[Tensor]:
     before, total = 0, torch.zeros_like(dynamics.log_decay[:, 0], dtype=torch.float64)
+    n = dynamics.substeps
     for lag in lags:
-        window = dynamics.log_decay[:, start + before : start + lag]
+        window = dynamics.log_decay[:, (start + before) * n : (start + lag) * n]
         total, before = total + window.sum(1, dtype=torch.float64), lag
         yield total.sort(-1, descending=True).values
 
@@ -172,10 +178,11 @@ def _diagonal_product(dynamics: Dynamics, start: int, lags: Sequence[int]) -> It
 def _product(dynamics: Dynamics, start: int, lags: Sequence[int]) -> Iterator[Tensor]:
     product = identity(dynamics)
     log_size = product.new_zeros(product.shape[:-2])
-    found = transitions(dynamics, range(start, start + lags[-1]))
-    for lag, A in enumerate(found, 1):
+    n = dynamics.substeps
+    found = transitions(dynamics, range(start * n, (start + lags[-1]) * n))
+    for i, A in enumerate(found, 1):
         product, log_size = rescaled(apply(A, product), log_size, tiny=1 / _HUGE)
-        if lag in lags:
+        if i % n == 0 and i // n in lags:
             yield torch.linalg.svdvals(product).log() + log_size[..., None]
 
 
@@ -213,7 +220,7 @@ def lyapunov(dynamics: Dynamics) -> Float[Tensor, "B H N"]:
     617-656.
     """
     L = dynamics.k.shape[1]
-    if dynamics.a is None:
+    if dynamics.a is None and dynamics.angle is None:
         logs = dynamics.log_decay.sum(1, dtype=torch.float64)
     else:
         Q = identity(dynamics)
@@ -221,34 +228,41 @@ def lyapunov(dynamics: Dynamics) -> Float[Tensor, "B H N"]:
         for A in transitions(dynamics, range(L)):
             Q, R = torch.linalg.qr(apply(A, Q))
             logs += R.diagonal(dim1=-2, dim2=-1).abs().log()
-    return (logs / L).sort(-1, descending=True).values
+    return (logs / dynamics.tokens).sort(-1, descending=True).values
 
 
 # ------------------------------------------------------------------ helpers
 
 
 class _Transition(NamedTuple):
-    """A = diag(decay) + a b^T of one token, in float64, shaped to be applied to matrices."""
+    """A = diag(decay) R + a b^T of one step, in float64, shaped to be applied to matrices.
+
+    R turns pairs of rows; on the left of its decay where `turned_last`, as in a transpose.
+    """
 
     decay: Float[Tensor, "B H N 1"]
     a: Float[Tensor, "B H N 1"] | None = None
     b: Float[Tensor, "B H 1 N"] | None = None
+    angle: Float[Tensor, "B H half 1"] | None = None
+    turned_last: bool = False
 
     def transposed(self) -> "_Transition":
-        if self.a is None or self.b is None:
-            return self
-        return _Transition(self.decay, self.b.mT, self.a.mT)
+        a = None if self.b is None else self.b.mT
+        b = None if self.a is None else self.a.mT
+        angle = None if self.angle is None else -self.angle
+        return _Transition(self.decay, a, b, angle, not self.turned_last)
 
 
 def transitions(dynamics: Dynamics, tokens: range) -> Iterator[_Transition]:
     """Yield A_t of some tokens, in float64."""
-    decays = (x.exp()[..., None] for x in each(dynamics.log_decay, tokens))
-    if dynamics.a is None or dynamics.b is None:
-        yield from map(_Transition, decays)
-        return
-    a = (x[..., None] for x in each(dynamics.a, tokens))
-    b = (x[..., None, :] for x in each(dynamics.b, tokens))
-    yield from map(_Transition, decays, a, b)
+
+    def columns(x: Tensor | None) -> Iterator[Tensor | None]:
+        return repeat(None) if x is None else (y[..., None] for y in each(x, tokens))
+
+    given = (columns(x) for x in (dynamics.log_decay, dynamics.a, dynamics.b, dynamics.angle))
+    for log_decay, a, b, angle in zip(*given, strict=False):
+        assert log_decay is not None
+        yield _Transition(log_decay.exp(), a, None if b is None else b.mT, angle)
 
 
 def each(x: Float[Tensor, "B L H D"], tokens: range) -> Iterator[Float[Tensor, "B H D"]]:
@@ -259,8 +273,21 @@ def each(x: Float[Tensor, "B L H D"], tokens: range) -> Iterator[Float[Tensor, "
 
 def apply(A: _Transition, M: Float[Tensor, "B H N m"]) -> Float[Tensor, "B H N m"]:
     """Return A M."""
-    out = A.decay * M
+    if A.angle is None:
+        out = A.decay * M
+    elif A.turned_last:
+        out = _turned(A.decay * M, A.angle)
+    else:
+        out = A.decay * _turned(M, A.angle)
     return out if A.a is None or A.b is None else torch.addcmul(out, A.a, A.b @ M)
+
+
+def _turned(M: Float[Tensor, "B H N m"], angle: Float[Tensor, "B H half 1"]) -> Tensor:
+    """Turn rows 2i and 2i + 1 by angle_i."""
+    first, second = M.unflatten(-2, (-1, 2)).unbind(-2)
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.stack([cos * first - sin * second, sin * first + cos * second], dim=-2)
+    return turned.flatten(-3, -2)
 
 
 def identity(dynamics: Dynamics) -> Float[Tensor, "B H N N"]:

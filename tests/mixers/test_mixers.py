@@ -18,7 +18,17 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("delta", {"keys": "l2", "step": "exact", "beta": "softplus"}),
     ("delta", {"keys": "l2", "step": "exact", "decay": "joint"}),
     ("delta", {"keys": "raw", "step": "kaczmarz", "decay": "separate", "conv": 1}),
+    ("delta", {"keys": "raw", "step": "exact", "householders": 2, "decay": "joint"}),
+    ("delta", {"keys": "raw", "step": "exact", "reflect": True, "decay": "channel"}),
+    ("deltaproduct", {"householders": 3, "decay": "separate", "key_dim": 6, "value_dim": 10}),
     ("gated_deltanet", {"conv": 0, "output_gate": True}),
+    ("kda", {"output_gate": "low_rank", "key_dim": 6, "value_dim": 10, "heads": 3}),
+    ("kda", {"keys": "raw", "step": "exact", "conv": 0}),
+    ("comba", {"conv": 0, "output_gate": True}),
+    ("comba", {"key_dim": 6, "value_dim": 10, "heads": 3, "reflect": True}),
+    ("pgdn", {"key_dim": 6, "value_dim": 10, "heads": 3, "beta": "2sigmoid"}),
+    ("pkda", {"conv": 0, "output_gate": "low_rank"}),
+    ("gdn2", {"output_gate": "low_rank", "key_dim": 6, "value_dim": 10, "heads": 3}),
     ("gated_efla", {"conv": 0, "beta": "softplus"}),
     ("mamba2", {"conv": 0, "output_norm": False}),
     ("mamba2", {"expand": 2, "state_dim": 4}),
@@ -35,6 +45,14 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("gla", {"conv": 0, "output_norm": False}),
     ("gla", {"key_dim": 6, "value_dim": 10, "heads": 3}),
     ("rwkv7", {"conv": 0}),
+    ("retnet", {"conv": 0, "output_norm": False}),
+    ("retnet", {"key_dim": 6, "value_dim": 10, "heads": 3, "output_gate": False}),
+    ("mlstm", {"conv": 0, "soft_cap": 5.0}),
+    ("mlstm", {"key_dim": 6, "value_dim": 10, "heads": 3, "output_gate": False}),
+    ("mesa", {"conv": 0, "decay": "none"}),
+    ("mesa", {"key_dim": 6, "value_dim": 10, "heads": 3, "output_gate": True}),
+    ("mamba3", {"conv": 4, "expand": 2}),
+    ("mamba3", {"state_dim": 6, "rotary": 1.0, "heads": 4}),
     ("hyena", {"conv": 0, "scale": 8}),
     ("hyena", {"bands": 1, "filter_layers": 1, "frequency": 10.0}),
 ]
@@ -51,10 +69,15 @@ NOT_FIXED = {"attention", "hyena", "identity"}
 ONE_HEAD = {"plain_delta", "plain_efla", "plain_deltanet"}  # as published
 
 
+# What stands beside a memory of 2,048 numbers: the diagonal of the keys' second moment, a
+# normaliser, the token before.
+BESIDE = {"pgdn": 128, "pkda": 128, "mlstm": 128, "mamba3": 16 + 128}
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_FIXED - ONE_HEAD))
 def test_default_states_of_fixed_state_mixers_are_equal(name):
     fields = {"conv": 0} if "conv" in plugins.mixer(name).Config.model_fields else {}
-    assert subject(name, fields, 128).build().state_size(128) == 2048
+    assert subject(name, fields, 128).build().state_size(128) == 2048 + BESIDE.get(name, 0)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +102,7 @@ D2 = 128 * 128
 COSTS = {
     "attention": (4 * D2, 0, 2 * 128 * 128, 0, 4 * 128 * 129 // 2),
     "efla": (4 * D2 + 8 * 128 + 4 * 384, 8 + 16, 2048, 3 * 384, 6 * 2048),
+    "deltaproduct": (6 * D2 + 16 * 128 + 4 * 640, 16 + 16, 2048, 3 * 640, 10 * 2048),
     "gated_deltanet": (4 * D2 + 2 * 8 * 128 + 4 * 384, 8 + 16 + 16, 2048, 3 * 384, 7 * 2048),
     "gla": (5 * D2 + 2 * 16 * 128 + 4 * 384, 128 + 16, 2048, 3 * 384, 5 * 2048),
     "identity": (0, 0, 0, 0, 0),
@@ -93,6 +117,41 @@ COSTS = {
     "mamba2": (128 * 296 + D2 + 4 * 160, 160 + 128 + 3 * 8, 2048, 3 * 160, 5 * 2048),
     "rwkv7": (4 * D2 + 2 * 128 * (32 + 32 + 64), 128 * (2 + 6 + 3 + 2), 2048, 128, 9 * 2048),
 }
+LOW_RANK = 2 * 16 * 128
+COSTS["kda"] = (4 * D2 + 8 * 128 + LOW_RANK + 4 * 384, 8 + 16 + 8 + 128, 2048, 3 * 384, 7 * 2048)
+COSTS["gdn2"] = (6 * D2 + LOW_RANK + 4 * 384, 16 + 8 + 128, 2048, 3 * 384, 7 * 2048)
+COSTS["mamba3"] = (
+    128 * (288 + 28) + D2,
+    2 * 16 + 2 * 128 + 16,
+    2048 + 16 + 128,
+    0,
+    5 * 2048,
+)
+COSTS["retnet"] = (5 * D2 + 4 * 384, 16, 2048, 3 * 384, 5 * 2048)
+COSTS["mlstm"] = (
+    5 * D2 + 2 * 8 * 128 + 4 * 384,
+    16 + 16,
+    2048 + 128,
+    3 * 384,
+    5 * (2048 + 128),
+)
+COSTS["mesa"] = (
+    4 * D2 + 2 * 16 * 128 + 4 * 384,
+    16 + 32 + 128 + 8,
+    2048,
+    3 * 384,
+    3 * 2048 + 2 * 1024 + 16 * (8**3 // 3 + 2 * 64),
+)
+COSTS["comba"] = (4 * D2 + 16 * 128 + 4 * 384, 8 + 16 + 16 + 16, 2048, 3 * 384, 7 * 2048)
+MOMENT = 2 * 8 * 128  # of preconditioned rules: two maps to 8 heads
+COSTS["pgdn"] = (4 * D2 + 16 * 128 + MOMENT + 4 * 384, 64, 2048 + 128, 3 * 384, 7 * 2048)
+COSTS["pkda"] = (
+    4 * D2 + 8 * 128 + LOW_RANK + MOMENT + 4 * 384,
+    8 + 16 + 8 + 128 + 24,
+    2048 + 128,
+    3 * 384,
+    7 * 2048,
+)
 COSTS |= dict.fromkeys(("delta", "deltanet", "longhorn"), COSTS["efla"])
 COSTS |= dict.fromkeys(ONE_HEAD, (3 * D2 + 128, 1, D2, 0, 6 * D2))
 COSTS["gated_efla"] = COSTS["gated_deltanet"]

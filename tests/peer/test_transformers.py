@@ -200,6 +200,76 @@ def test_gated_deltanet_of_qwen3_next(monkeypatch):
     assert_same_layer(ours, layer, translate, rows(), fixed=["beta.bias"])
 
 
+def test_kimi_delta_attention(monkeypatch):
+    module = peer("transformers.models.kimi_linear.modeling_kimi_linear")
+    names = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention", *CONVOLUTIONS)
+    unwrap(monkeypatch, module, *names)
+    bare_unit_length(monkeypatch, module)
+    config = peer("transformers").KimiLinearConfig(
+        hidden_size=D,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        linear_num_heads=4,
+        linear_head_dim=6,
+        linear_conv_kernel_dim=4,
+        rms_norm_eps=1e-5,
+    )
+    layer = build(module.KimiLinearDeltaAttention, config)
+    ours = mixer("kda", heads=4, key_dim=6, value_dim=6, output_gate="low_rank")
+    ours.norm.eps = 1e-5 * ours.Dk  # they multiply q by Dk^-1/2
+    torch.nn.init.zeros_(ours.beta.bias)
+
+    def translate(w):
+        q, k, v = w["qkv.weight"].split(ours.widths)
+        return {
+            "q_proj.weight": q,
+            "k_proj.weight": k,
+            "v_proj.weight": v,
+            "conv1d.weight": w["conv.weight"][:, None],
+            "forget_gate.A_log": w["a_log"].view_as(layer.forget_gate.A_log),
+            "forget_gate.dt_bias": w["dt_bias"],
+            "forget_gate.f_a_proj.weight": w["decay.0.weight"],
+            "forget_gate.f_b_proj.weight": w["decay.1.weight"],
+            "b_proj.weight": w["beta.weight"],
+            "g_a_proj.weight": w["gate.0.weight"],
+            "g_b_proj.weight": w["gate.1.weight"],
+            "o_norm.weight": w["norm.weight"],
+            "o_proj.weight": w["out.weight"],
+        }
+
+    assert_same_layer(ours, layer, translate, rows(), fixed=["beta.bias"])
+
+
+def test_mlstm_of_xlstm():
+    module = peer("transformers.models.xlstm.modeling_xlstm")
+    config = peer("transformers").xLSTMConfig(
+        hidden_size=D,
+        num_heads=4,
+        num_hidden_layers=1,
+        eps=0.0,
+        chunk_size=16,
+    )
+    layer = build(lambda config, layer_idx: module.xLSTMLayer(config), config)
+    ours = mixer("mlstm", heads=4, key_dim=4, value_dim=8, conv=0)
+
+    def translate(w):
+        q, k, v = w["qkv.weight"].split(ours.widths)
+        return {
+            "q.weight": q,
+            "k.weight": k,
+            "v.weight": v,
+            "ogate_preact.weight": w["gate.weight"],
+            "igate_preact.weight": w["input.weight"],
+            "igate_preact.bias": w["input.bias"],
+            "fgate_preact.weight": w["forget.weight"],
+            "fgate_preact.bias": w["forget.bias"],
+            "multihead_norm.weight": w["norm.weight"].repeat(4),
+            "out_proj.weight": w["out.weight"],
+        }
+
+    assert_same_layer(ours, layer, translate, rows(), run=lambda layer, x: layer(x)[0])
+
+
 def memory(seed=0, B=2, L=37, H=3, Dk=6, Dv=5):
     """Draw what a delta rule takes, on unit keys."""
     return {

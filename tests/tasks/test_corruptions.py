@@ -21,7 +21,7 @@ def test_the_neutral_severity_changes_no_bit(name):
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_equal_streams_give_equal_bytes_and_others_do_not(name):
-    severity = 2 if name == "shift" else 0.5
+    severity = 2.0 if name == "shift" else 0.5
     assert np.array_equal(under(name, severity), under(name, severity))
     drawn = name not in ("intensity", "inversion")
     assert np.array_equal(under(name, severity), under(name, severity, seed=1)) == (not drawn)
