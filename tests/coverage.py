@@ -76,7 +76,7 @@ def type_one(settings: int, seeds: int, draws: int, spread: float = 0.1, seed: i
     return rejected / draws
 
 
-def main(draws: int = 2_000) -> None:
+def main(draws: int = 4_000) -> None:
     """Print coverage and type I error."""
     print("draws | settings | " + " | ".join(f"{n} seeds" for n in SEEDS))
     print("--- | --- | " + " | ".join("---" for _ in SEEDS))
