@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mad_efla import spectrum
 from mad_efla.cli import cli
 from mad_efla.execution import pool
 from mad_efla.runs import files
@@ -149,7 +150,7 @@ def test_checkpoints_cut_or_flipped_anywhere_end_with_equal_bits(tmp_path, quiet
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
         with pytest.raises(loop.Interrupted), folder.lock():
-            loop.train(run, folder, stop=lambda: next(calls) >= 7)
+            loop.train(run, folder, stop=lambda: next(calls) >= 7, look=spectrum.training_scalars)
     for name in ("checkpoint.pt", "checkpoint.previous.pt")[: 1 + seed % 2]:
         raw = bytearray((folder.path / name).read_bytes())
         if rng.random() < 0.5:

@@ -241,6 +241,10 @@ class RunConfig(Section):
         ]
         return canonical_json(values)
 
+    def __hash__(self) -> int:
+        """Hash by name, which equal runs share."""
+        return hash(self.fingerprint)
+
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits: the run's name."""

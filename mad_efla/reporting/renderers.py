@@ -39,7 +39,9 @@ def terminal(table: Table) -> rich.table.Table:
     for x, column in enumerate(table.columns):
         left = column.form == "text"
         widest = max((len(row[x]) for row in written), default=0)
-        heading = "\n".join(textwrap.wrap(column.name, max(widest, _NARROW)))
+        heading = "\n".join(
+            textwrap.wrap(column.name, max(widest, _NARROW), break_long_words=False)
+        )
         drawn.add_column(heading, justify="left" if left else "right", no_wrap=widest <= _WIDE)
     before = None
     for y, row in enumerate(written):

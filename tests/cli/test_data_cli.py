@@ -85,10 +85,10 @@ def test_an_override_holds_in_every_setting_and_ends_the_changes_of_its_field(fi
 def test_fields_may_change_together(file):
     text = FILE + "  together:\n    - {task.vocab_size: 64, data.train_examples: 16}\n"
     (file / "task.yaml").write_text(text)
-    *_, last = sweep.settings("task.yaml")
+    *_, last = expand.settings("task.yaml")
     assert last.label == "vocab_size=64,train_examples=16"
     assert (last.task.vocabulary, last.data.train_examples) == (64, 16)
-    labels = [s.label for s in sweep.settings("task.yaml", ["data.train_examples=8"])]
+    labels = [s.label for s in expand.settings("task.yaml", ["data.train_examples=8"])]
     assert labels == ["baseline", "vocab_size=64", "vocab_size=128"]
 
 
