@@ -40,7 +40,6 @@ class Cell:
         results: Theirs.
         planned: Measured runs that there are to be at one point.
         best_on_test: The reference's rule: mean test accuracy at the point that is best on test.
-        given: Digests of the points that this mixer was given here.
         missing: What is not there: `1 diverged, 2 missing`; empty if nothing.
         note: What the reader has to know of its seeds or points; mostly empty.
     """
@@ -48,10 +47,8 @@ class Cell:
     def __init__(self, points: "_Points", chosen: str):
         self._points = points
         self.task, self.setting, self.mixer = points.task, points.setting, points.mixer
-        self.condition, self.given = points.condition, frozenset(points.planned)
+        self.condition = points.condition
         measured = [p for p in points.planned[chosen] if not p.chooses]
-        if not measured:  # the measured runs of a choice are made at the chosen point alone
-            measured = points.planned[chosen]
         done = sorted(
             (p for p in measured if p.fingerprint in points.results), key=lambda p: p.seed
         )
@@ -167,6 +164,16 @@ def cells(group: Group) -> list[Cell]:
         made,
         key=lambda c: (order[c.task, c.condition], -(c.accuracy.mean if c.accuracy else -1.0)),
     )
+
+
+def chosen(group: Group) -> list[tuple[str, str, str, str]]:
+    """Name the chosen point of every cell: mixer, its code, condition and point."""
+    found = []
+    for points in _points(group):
+        if point := points.choose():
+            entry = points.planned[point][0]
+            found.append((entry.mixer, entry.code, entry.condition, entry.point))
+    return found
 
 
 class _Points:

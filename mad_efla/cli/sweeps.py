@@ -28,6 +28,7 @@ from mad_efla.config import ConfigError
 if TYPE_CHECKING:
     from mad_efla.execution.executors import Executor
     from mad_efla.plan.expand import Sweep
+    from mad_efla.plan.run import RunConfig
     from mad_efla.runs.schema import SweepRecord
     from mad_efla.training.fits import Fit, Match
 
@@ -127,6 +128,18 @@ def _dry_run(sweeps: "list[Sweep]", fits: "list[Fit]", out: Path, slots: int) ->
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         terminal.show(tables.runs(found.runs, expand.differences(found.runs), fit.sizes))
     sizes = {f: s for fit in fits for f, s in fit.sizes.items()}
+    for found in sweeps:
+        if found.measured:
+            of_cell = {key[:3]: own for key, own in found.measured.items()}
+            seeds = [run.seed for run in next(iter(of_cell.values()))]
+            more = [run for own in of_cell.values() for run in own]
+            sizes |= {run.fingerprint: _size_of(run, found, sizes) for run in more}
+            runs += more
+            console.print(
+                f"these choose, on seeds {list(found.choosing)}; then the chosen point of each of "
+                f"{len(of_cell)} cells on seeds {seeds}: {len(more)} runs more",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
     guess = costs.estimate(runs, out, sizes, slots)
     if search := sweeps[0].search:
         console.print(f"search {search.method}: {search.trials} trials like each of these, "
@@ -140,26 +153,34 @@ def _dry_run(sweeps: "list[Sweep]", fits: "list[Fit]", out: Path, slots: int) ->
     )  # fmt: skip
 
 
+def _size_of(
+    run: "RunConfig", found: "Sweep", sizes: dict[str, tuple[int, int]]
+) -> tuple[int, int]:
+    """Return the size of a measured run's model: that of the run that chooses beside it."""
+    alike = next(r for r in found.runs if (r.mixer, r.condition) == (run.mixer, run.condition))
+    return sizes[alike.fingerprint]
+
+
 def _sweep(
     sweeps: "list[Sweep]", matches: "list[Match]", out: Path, runner: "Executor", told: _Told,
     max_hours: float | None, retry_failed: bool,
 ) -> int:  # fmt: skip
     """Make what is missing, mirror it, print the tables; return the exit status."""
     from mad_efla import tracking
-    from mad_efla.execution import costs
-    from mad_efla.execution.queue import OutOfTime, Work
-    from mad_efla.reporting import live, terminal
+    from mad_efla.execution.choosing import decided
+    from mad_efla.execution.queue import OutOfTime
+    from mad_efla.reporting import terminal
     from mad_efla.runs.files import ensure_writable
-    from mad_efla.runs.folder import finished, given_up, mend
+    from mad_efla.runs.folder import mend
 
     ensure_writable(out)
     err = terminal.stderr()
+    sweeps = [decided(s, out) for s in sweeps]
     runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
     for note in mend(out, [r.fingerprint for r in runs]):
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     for line in dict.fromkeys(terminal.matches(matches)):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
-    done = finished(out, [r.fingerprint for r in runs])
     records = [_record(s, out) for s in sweeps]
     interrupted, deadline = False, math.inf
     if max_hours is not None:
@@ -171,18 +192,15 @@ def _sweep(
             if told.uri is not None
         ]
         try:
-            settled = done.keys() | (set() if retry_failed else given_up(out, runs))
-            waiting = [r for r in runs if r.fingerprint not in settled]
             if sweeps[0].search:
                 for found, record in zip(sweeps, records, strict=True):
                     _explore(found, record, out, runner, deadline, retry_failed)
-            elif waiting:
-                costs = costs.Costs(runs).read(out)
-                with live.Follow(runs, waiting, costs, runner.slots) as follow:
-                    runner.perform(
-                        Work(waiting, out, costs), watch=follow.update,
-                        deadline=deadline, limits=sweeps[0].limits,
-                    )  # fmt: skip
+            else:
+                _make(sweeps, out, runner, deadline, retry_failed)
+                if any(found.measured for found in sweeps):
+                    sweeps = [decided(found, out) for found in sweeps]
+                    records = [_record(found, out) for found in sweeps]
+                    _make(sweeps, out, runner, deadline, retry_failed=False)
         except OutOfTime:
             interrupted = True
             err.print(f"stopped after {max_hours:g} hours; the same command goes on", markup=False)
@@ -197,6 +215,29 @@ def _sweep(
         err.print(f"warning: {problem}", markup=False, highlight=False, soft_wrap=True)
     _print_next(out, told.uri)
     return 130 if interrupted else 1 if failed else 0
+
+
+def _make(
+    sweeps: "list[Sweep]", out: Path, runner: "Executor", deadline: float, retry_failed: bool
+) -> None:
+    """Make the runs of sweeps that have no result yet."""
+    from mad_efla.execution.costs import Costs
+    from mad_efla.execution.queue import Work
+    from mad_efla.reporting import live
+    from mad_efla.runs.folder import finished, given_up
+
+    runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
+    settled = set(finished(out, [r.fingerprint for r in runs]))
+    if not retry_failed:
+        settled |= given_up(out, runs)
+    waiting = [r for r in runs if r.fingerprint not in settled]
+    if waiting:
+        costs = Costs(runs).read(out)
+        with live.Follow(runs, waiting, costs, runner.slots) as follow:
+            runner.perform(
+                Work(waiting, out, costs), watch=follow.update, deadline=deadline,
+                limits=sweeps[0].limits,
+            )  # fmt: skip
 
 
 def _explore(
@@ -249,7 +290,9 @@ def _record(found: "Sweep", out: Path) -> "SweepRecord":
         about=found.about,
         command=shlex.join(["mad-efla", *sys.argv[1:]]),
         fingerprints=fingerprints,
-        planned=() if found.search else tuple(planned(run) for run in found.runs),
+        planned=()
+        if found.search
+        else tuple(planned(r, chooses=r.seed in found.choosing) for r in found.runs),
         started=known[found.id].started if found.id in known else now(),
         ended=None,
     )
@@ -267,7 +310,9 @@ def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
     err, failed = terminal.stderr(), False
     for found in sweeps:
         results = finished(out, [r.fingerprint for r in found.runs])
-        shown = cells(of_runs(found.runs, results))
+        choosing = [r for r in found.runs if r.seed in found.choosing]
+        measured = [r for r in found.runs if r.seed not in found.choosing]
+        shown = cells(of_runs(measured, results, choosing=choosing))
         title = (
             f"{found.task}, plan {found.plan}, protocol {found.protocol}; 95 % intervals over seeds"
         )

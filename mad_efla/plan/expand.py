@@ -6,13 +6,14 @@ grid point, `--set`.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from mad_efla import config
-from mad_efla.config import ConfigError, Document, validate
+from mad_efla.config import ConfigError, Document, Section, validate
 from mad_efla.plan import grid
 from mad_efla.plan.grid import Range, Search
 from mad_efla.plan.run import DataConfig, Limits, Protocol, RunConfig, build, build_task
@@ -20,6 +21,16 @@ from mad_efla.tasks import Task
 
 _SECTIONS = ("task", "data", "model", "optim", "train")
 MAX_RUNS = 100_000
+
+
+class Choice(Section):
+    """How a plan chooses its grid point.
+
+    Attributes:
+        seeds: Seeds on which every point of the grid is made. None of them is measured.
+    """
+
+    seeds: list[int] = Field(min_length=1)
 
 
 class Plan(grid.Points):
@@ -33,6 +44,7 @@ class Plan(grid.Points):
             a mapping of label to overrides.
         per_task: By task name, fields that hold for this task only.
         seeds: One run each.
+        choose: Make the grid on seeds of its own, and the chosen point alone on `seeds`.
         match: Equal terms to hold mixers to: `state`, 2,048 numbers per mixer layer beside the
             windows of convolutions, or `parameters`, those of the plan's first mixer. The sweep
             says by how much each misses.
@@ -45,6 +57,7 @@ class Plan(grid.Points):
     settings: Literal["all", "baseline"] | dict[str, dict[str, dict[str, Any]]] = "all"
     per_task: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seeds: list[int] = Field(default=[0], min_length=1)
+    choose: Choice | None = None
     match: Literal["state", "parameters"] | None = None
     limits: Limits = Field(default_factory=Limits)
 
@@ -86,6 +99,9 @@ class Sweep(NamedTuple):
         match: Equal terms that mixers are held to, see `Plan.match`.
         ends: Runs at the middles and ends of what is searched: they must fit, too.
         place: Where the plan names its mixers, for errors.
+        choosing: Seeds that choose the grid point; `runs` are then those, and what was chosen.
+        measured: The runs that a point would be measured by, by mixer, its code, condition and
+            point; empty where nothing is chosen on seeds of its own.
     """
 
     task: str
@@ -100,11 +116,15 @@ class Sweep(NamedTuple):
     match: Literal["state", "parameters"] | None = None
     ends: Sequence[RunConfig] = ()
     place: str = ""
+    choosing: Sequence[int] = ()
+    measured: Mapping[tuple[str, str, str, str], list[RunConfig]] = MappingProxyType({})
 
     @property
     def id(self) -> str:
         """Hash of what the sweep consists of."""
-        parts = [self.task, self.plan, *sorted(r.fingerprint for r in self.runs)]
+        runs = [r for r in self.runs if not self.measured or r.seed in self.choosing]
+        runs += [r for own in self.measured.values() for r in own]
+        parts = [self.task, self.plan, *sorted(r.fingerprint for r in runs)]
         if self.search:
             parts += [self.search.model_dump_json(exclude={"trials"}), str(self.prune)]
         return config.digest(config.canonical_json(parts))
@@ -136,6 +156,10 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
         place = plan_document.place(("per_task", name))
         base = config.merge(base, config.from_paths(parsed.per_task[name], place))
     points = [grid.points(parsed, plan_document, mixer, settled) for mixer in names]
+    choosing = _choosing(parsed, plan_document, points)
+    seeds = [(("choose", "seeds", i), s) for i, s in enumerate(choosing)]
+    seeds += [(("seeds", i), s) for i, s in enumerate(parsed.seeds)]
+    measured: dict[tuple[str, str, str, str], list[RunConfig]] = {}
     runs: dict[str, RunConfig] = {}
     spaces: list[Space] = []
     ends: list[RunConfig] = []
@@ -144,8 +168,10 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
     )
     for label, setting in _settings(parsed, plan_document, task_document, str(name)):
         for (index, entry), found in zip(enumerate(parsed.mixers), points, strict=True):
-            for point, seed in itertools.product(found, enumerate(parsed.seeds)):
-                parts = (_mixers(plan_document, index, entry), *point, _seed(plan_document, *seed))
+            for point, (path, seed) in itertools.product(found, seeds):
+                place = plan_document.place(path)
+                own = Document({"seed": seed}, {("seed",): place}, plan_document.name)
+                parts = (_mixers(plan_document, index, entry), *point, own)
                 cell = config.merge(base, setting, *parts)
                 if parsed.search:
                     place = plan_document.place(("search", "over"))
@@ -159,13 +185,35 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
                 else:
                     cell = config.merge(cell, *run_sets)
                     run = build(_resolve(cell, label, protocol, precision))
+                if choosing and path[0] == "seeds":
+                    key = (run.mixer, run.mixer_code, run.condition, run.point)
+                    measured.setdefault(key, []).append(run)
+                    continue
                 runs.setdefault(run.fingerprint, run)
                 if len(runs) > MAX_RUNS:
                     raise ConfigError(f"{plan_file}: more than {MAX_RUNS} runs; split the plan")
     return Sweep(
         str(name), plan_file.stem, protocol, list(runs.values()), parsed.limits, parsed.search,
         parsed.prune, spaces, parsed.about, parsed.match, ends, plan_document.place(("mixers",)),
+        choosing, measured,
     )  # fmt: skip
+
+
+def _choosing(
+    plan: Plan, document: Document, points: list[list[tuple[Document, ...]]]
+) -> list[int]:
+    """Return the seeds that choose; none where there is no grid, or `--set` has settled it."""
+    if plan.choose is None:
+        return []
+    place = document.place(("choose",))
+    if plan.search:
+        raise ConfigError(f"{place}: choose needs a grid; a search chooses by itself, take it out")
+    if both := sorted(set(plan.choose.seeds) & set(plan.seeds)):
+        raise ConfigError(
+            f"{place}: choose.seeds={plan.choose.seeds} and seeds={plan.seeds} share {both}; a "
+            "seed that chose must not be measured, take others"
+        )
+    return plan.choose.seeds if any(len(found) > 1 for found in points) else []
 
 
 def _build_point(
@@ -355,10 +403,6 @@ def _mixers(plan: Document, index: int, entry: Any) -> Document:
     entries = entry if isinstance(entry, list) else [entry]
     places = {("mixers", i): plan.place(("mixers", index)) for i in range(len(entries))}
     return Document({"mixers": entries}, places, plan.name)
-
-
-def _seed(plan: Document, index: int, seed: int) -> Document:
-    return Document({"seed": seed}, {("seed",): plan.place(("seeds", index))}, plan.name)
 
 
 def _resolve(cell: Document, label: str, protocol: str, precision: str) -> Document:
