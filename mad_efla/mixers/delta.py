@@ -125,7 +125,7 @@ class Delta(Mixer):
 
     def parts(self, x: Float[Tensor, "B L D"]) -> Parts:
         """Compute all that the recurrence is run on."""
-        q, k, v = self._heads(self.conv(self.qkv(x)))
+        q, k, v = (self._heads_of(part) for part in self.conv.parts(self.qkv(x), self.widths))
         key, erase, write, log_decay = self._strengths(x, k)
         return Parts(l2_normalize(q), key, v, erase, write, log_decay)
 
@@ -172,6 +172,9 @@ class Delta(Mixer):
             key_square=(l2_normalize(k) if self.config.keys == "l2" else k).square().sum(-1),
             beta=beta,
         )
+
+    def _heads_of(self, part: Tensor) -> Tensor:
+        return rearrange(part, "... (H Dh) -> ... H Dh", H=self.config.heads)
 
     def _heads(self, qkv: Tensor) -> list[Tensor]:
         return split_heads(qkv, self.widths, self.config.heads)
