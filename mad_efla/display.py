@@ -354,17 +354,21 @@ def _percent(value: Interval | float | None) -> str:
 
 
 def step_times(times: list[StepTime]) -> Table:
-    """Draw the times of training steps, with their ratio to the first of each setting."""
+    """Draw the times of training steps, beside their matrix products and the setting's first."""
     table = Table("setting", "mixer")
-    for heading in ("ms per step", "spread", "tokens per second", "ratio to the first"):
+    for heading in (
+        "ms per step", "spread", "of it products", "ratio", "tokens per second",
+        "ratio to the first",
+    ):  # fmt: skip
         table.add_column(heading, justify="right")
     first: dict[str, float] = {}
-    for run, seconds, spread in times:
+    for run, seconds, spread, products, *_ in times:
         reference = first.setdefault(run.setting, seconds)
         tokens = run.train.batch_size * run.task.input_length
         table.add_row(
             run.setting, run.mixer, f"{1e3 * seconds:.0f}", f"{100 * spread:.0f} %",
-            f"{tokens / seconds:,.0f}", f"{seconds / reference:.2f}",
+            f"{1e3 * products:.0f}", f"{seconds / products:.2f}", f"{tokens / seconds:,.0f}",
+            f"{seconds / reference:.2f}",
         )  # fmt: skip
     return table
 
