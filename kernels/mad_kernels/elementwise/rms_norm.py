@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mad_kernels.checks import working_dtype
 from mad_kernels.custom_ops import first_order_only
 from mad_kernels.dispatch import choose_backend
 from mad_kernels.memory import array, check_in_memory, constants, in_memory, lines, padded
@@ -116,14 +117,14 @@ def _backward(s, weight, d_sum, dy, eps, dtypes):
     if not s.numel():
         return dx, dx if dr is None else dr, torch.zeros_like(weight)
     *given, tiled, numbers, line, group = _lines(s, weight, eps)
-    d_tiled = np.zeros_like(tiled)
+    d_tiled = s.new_zeros(tiled.size, dtype=working_dtype(s))
     flat = ((None, 0) if z is None else _in_lines(z, line) for z in (dy, d_sum))
-    results = (array(dx), None if dr is None else array(dr), d_tiled)
+    results = (array(dx), None if dr is None else array(dr), array(d_tiled))
     arguments = (z for pair in flat for z in pair)
     loops.rms_norm_backward(*given, tiled, numbers, line, group, *arguments, *results)
     D = weight.numel()
-    d_weight = d_tiled.reshape(-1, D).sum(0) if line > D else d_tiled[:D]
-    return dx, dx if dr is None else dr, torch.from_numpy(d_weight).to(weight.dtype)
+    d_weight = d_tiled.view(-1, D).sum(0) if line > D else d_tiled[:D]
+    return dx, dx if dr is None else dr, d_weight.to(weight.dtype)
 
 
 _pull = first_order_only(_backward, "rms_norm")

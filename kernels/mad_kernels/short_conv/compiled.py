@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mad_kernels.checks import working_dtype
 from mad_kernels.custom_ops import first_order_only
 from mad_kernels.memory import array, constants, lines, padded
 
@@ -51,15 +52,15 @@ def _backward(x, weight, bias, state, silu, widths, *d_parts):
     dx, d_state = x.new_empty(x.shape), state.new_zeros(state.mT.shape)
     *given, sizes = _given(x, weight, bias, state, widths)
     taps, zeros = given[3], given[4]
-    d_taps, d_bias = np.zeros_like(taps), np.zeros_like(zeros)
+    d_taps, d_bias = (x.new_zeros(z.size, dtype=working_dtype(x)) for z in (taps, zeros))
     if x.numel():
         arrays, steps = zip(*map(lines, _alike(d_parts)), strict=True)
         gradients = (arrays, np.array(steps), constants(x, 1.0))
-        results = (array(dx), array(d_state), d_taps, d_bias)
+        results = (array(dx), *map(array, (d_state, d_taps, d_bias)))
         loops.backward(*given, silu, x.shape[1], sizes, *gradients, *results)
     D, K = weight.shape
-    d_weight = torch.from_numpy(d_taps).view(K, -1)[:, :D].mT.to(weight.dtype)
-    d_bias = None if bias is None else torch.from_numpy(d_bias)[:D].to(bias.dtype)
+    d_weight = d_taps.view(K, -1)[:, :D].mT.to(weight.dtype)
+    d_bias = None if bias is None else d_bias[:D].to(bias.dtype)
     return dx, d_weight.contiguous(), d_bias, d_state.mT
 
 
