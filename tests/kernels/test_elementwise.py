@@ -137,7 +137,11 @@ def test_a_gradient_that_repeats_one_number_is_read_right(operator):
     leaves = [z.requires_grad_() for z in tensors]
     y = run(*leaves)
     repeated = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
-    spelled = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    spelled = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
+    assert all(torch.equal(p, q) for p, q in zip(repeated, spelled, strict=True))
+    rows = torch.arange(1.0, 1 + y.shape[1]).to(y).expand(y.shape)  # one row, again and again
+    repeated = torch.autograd.grad(y, leaves, rows, retain_graph=True)
+    spelled = torch.autograd.grad(y, leaves, rows.clone(memory_format=torch.contiguous_format))
     assert all(torch.equal(p, q) for p, q in zip(repeated, spelled, strict=True))
 
 
