@@ -333,8 +333,7 @@ def errors(operator: str, L: int) -> list[dict]:
     lines = []
     for backend in ("reference", *reversed(backends_of(operator))):
         relative = [
-            ((x - y).norm() / y.norm()).item()
-            for x, y in zip(results(backend, torch.float32), truth, strict=True)
+            ((x - y).norm() / y.norm()).item() for x, y in zip(results(backend, torch.float32), truth, strict=True)
         ]
         line = {"measure": "error", "operator": operator, "backend": backend, "L": L}
         lines.append(line | {"outputs": relative[0], "worst_gradient": max(relative[1:])})
@@ -355,9 +354,7 @@ def draw(lines: list[dict], picture: Path) -> None:
     longest = max(x["L"] for x in lines)
     marks = {"reference": "o", "chunked": "s", "numba": "^"}
     rows = {"outputs": "outputs", "worst_gradient": "worst gradient"}
-    figure, axes = plt.subplots(
-        2, len(PRECISION), figsize=(11, 5), sharex=True, sharey=True, layout="constrained"
-    )
+    figure, axes = plt.subplots(2, len(PRECISION), figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
     for column, operator in enumerate(PRECISION):
         for row, (field, title) in enumerate(rows.items()):
             axis = axes[row][column]

@@ -39,21 +39,13 @@ import mad_kernels as mk  # noqa: E402
 RESULTS = Path(os.environ.get("MAD_KERNELS_RESULTS", ROOT / "results" / "gpu.jsonl"))
 DTYPES = (torch.bfloat16, torch.float32)
 # B, L, H, D: MAD's shapes, and longer ones as others time them.
-TIMED = (
-    (128, 128, 4, 32),
-    (128, 128, 8, 16),
-    (128, 128, 1, 128),
-    (8, 2048, 16, 64),
-    (8, 2048, 16, 128),
-)
+TIMED = ((128, 128, 4, 32), (128, 128, 8, 16), (128, 128, 1, 128), (8, 2048, 16, 64), (8, 2048, 16, 128))
 REHEARSED = ((1, 20, 2, 16),)
 # float32 products are three tf32 ones; bfloat16 ones round their operands to tf32.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 OPERATORS = ("delta_rule", "selective_scan", "short_conv")  # with kernels of their own
 # What is float32 whatever the dtype of values: states, what is kept, shares of a gradient.
-FLOAT32 = re.compile(
-    r"(state|final|states|P|T|U|d_X|d_state|d_final|d_states|d_a|d_b|d_c|d_weight|d_bias)_ptr"
-)
+FLOAT32 = re.compile(r"(state|final|states|P|T|U|d_X|d_state|d_final|d_states|d_a|d_b|d_c|d_weight|d_bias)_ptr")
 NAMES = ("o", "final_state", "q", "k", "v", "erase", "write", "log_decay", "initial_state")
 
 
@@ -173,9 +165,7 @@ def check_accuracy(stage: Stage) -> bool:
             got = value_and_gradients(operator, device, "triton")
             again = value_and_gradients(operator, device, "triton")
             errors = [
-                ((x.double().cpu() - y).norm() / y.norm().clamp_min(1e-30)).item()
-                if y.numel()
-                else 0.0
+                ((x.double().cpu() - y).norm() / y.norm().clamp_min(1e-30)).item() if y.numel() else 0.0
                 for x, y in zip(got, want, strict=True)
             ]
             same = all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
@@ -229,9 +219,7 @@ def contenders(
             yield f"fla {name}", step(lambda *x, run=operator: run(*x)[0], *tensors)
 
 
-def flash_linear_attention(
-    leaves: list[Tensor],
-) -> Iterator[tuple[str, Callable, tuple[Tensor, ...]]]:
+def flash_linear_attention(leaves: list[Tensor]) -> Iterator[tuple[str, Callable, tuple[Tensor, ...]]]:
     """Yield the operators of fla-core that are nearest to ours, where it is installed."""
     q, k, v, erase, _, decay = leaves
     try:
@@ -295,9 +283,7 @@ def take_timings(stage: Stage) -> None:
 
 def timing_row(shape: str, dtype: str, name: str, times: dict, token_heads: int) -> str:
     """Lay out one line of the table."""
-    cells = [
-        f"{times[mode]:>10.3f}" if mode in times else f"{'-':>10}" for mode in ("eager", "graph")
-    ]
+    cells = [f"{times[mode]:>10.3f}" if mode in times else f"{'-':>10}" for mode in ("eager", "graph")]
     best = times.get("graph", times.get("eager"))
     each = f"{best / token_heads * 1e6:>8.2f}" if best else f"{'-':>8}"
     return f"{shape:<20}{dtype:<10}{name:<22}{''.join(cells)}{each}  {times.get('error', '')}"
@@ -309,9 +295,7 @@ def builds(operator: str, width: int | None) -> Iterator[tuple[dict, Any, dict, 
     for dtype in DTYPES:
         label = {"operator": operator, "dtype": str(dtype).removeprefix("torch.")}
         if operator == "delta_rule":
-            for D, decay in product(
-                (16, 32, 64, 128) if width is None else (width,), (False, True)
-            ):
+            for D, decay in product((16, 32, 64, 128) if width is None else (width,), (False, True)):
                 walk, hold = module.options_of(D, D, erase=True, decay=decay)
                 known = {"Dk": D, "Dv": D, "SAVE": True, "FINAL": True}
                 known |= {"LEVELS": module.CHUNK.bit_length() - 1}
@@ -393,9 +377,7 @@ def record(kind: str, stage: Stage, **fields: object) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; 1 means a check failed, 2 that it could not run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = ("all", "accuracy", "timings", "compile", "rehearse")
     parser.add_argument("what", nargs="?", default="all", choices=choices)
     parser.add_argument("--operator", choices=OPERATORS, help="to compile, all by default")

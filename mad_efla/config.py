@@ -25,9 +25,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 MAX_FILE_BYTES = 256 * 1024
 MAX_DEPTH = 16
 MAX_NODES = 20_000
-_PLAIN_TAGS = {
-    f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")
-}
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 KeyPath = tuple[str | int, ...]
 SectionT = TypeVar("SectionT", bound="Section")
@@ -70,9 +68,7 @@ class Document:
         for key in path:
             data = data.get(key, {}) if isinstance(data, dict) else {}
         if not isinstance(data, dict):
-            raise ConfigError(
-                f"{self.place(path)}: {dotted(path)}={data!r} must be a mapping of fields to values"
-            )
+            raise ConfigError(f"{self.place(path)}: {dotted(path)}={data!r} must be a mapping of fields to values")
         depth = len(path)
         places = {p[depth:]: place for p, place in self.places.items() if p[:depth] == path}
         return Document(data, {(): self.place(path)} | places, self.name)
@@ -125,8 +121,7 @@ def find(name: str, kind: str) -> Path:
         return shipped[path.stem]
     what = {"tasks": "task", "sweeps": "plan"}[kind]
     raise ConfigError(
-        f"{name[:80]}: no such file, and no shipped {what} of that name"
-        + suggest(path.stem, list(shipped))
+        f"{name[:80]}: no such file, and no shipped {what} of that name" + suggest(path.stem, list(shipped))
     )
 
 
@@ -229,9 +224,7 @@ def merge(first: Document, *others: Document) -> Document:
     return first
 
 
-def _merge(
-    into: dict[str, Any], places: dict[KeyPath, str], doc: Document, path: KeyPath, data: dict
-) -> None:
+def _merge(into: dict[str, Any], places: dict[KeyPath, str], doc: Document, path: KeyPath, data: dict) -> None:
     for key, value in data.items():
         here = (*path, key)
         if isinstance(value, dict) and isinstance(into.get(key), dict):

@@ -321,9 +321,7 @@ def _sizes(task: Task) -> DataConfig:
     if not isinstance(task, RealTask):
         return SIZES
     train, test = (len(part.inputs) for part in task.corpus())
-    return DataConfig(
-        train_examples=train - train // 4, validation_examples=train // 4, test_examples=test
-    )
+    return DataConfig(train_examples=train - train // 4, validation_examples=train // 4, test_examples=test)
 
 
 def real_examples_are_as_stated(task: RealTask) -> None:

@@ -119,9 +119,7 @@ def _import(name: str, kind: str, contract: type | tuple[type, ...]) -> type:
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{kind} {name!r}: {error}; write it as package.module:Name, importable from here"
-        ) from error
+        raise ConfigError(f"{kind} {name!r}: {error}; write it as package.module:Name, importable from here") from error
     if not (inspect.isclass(found) and issubclass(found, contract)):
         bases = contract if isinstance(contract, tuple) else (contract,)
         wanted = " or ".join(base.__name__ for base in bases)

@@ -19,9 +19,15 @@ from typing import Any
 from urllib import request
 
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 # MLflow opens its assistant over a quarter of the page on a first visit.
 _NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
@@ -62,14 +68,11 @@ def look(page: Any, url: str, text: str | None = None, seconds: float = 60) -> N
 
 
 @contextlib.contextmanager
-def server(
-    command: list[str], environment: dict[str, str], url: str, seconds: float = 60
-) -> Iterator[None]:
+def server(command: list[str], environment: dict[str, str], url: str, seconds: float = 60) -> Iterator[None]:
     """Run MLflow's server while inside; it answers at `url` from the beginning."""
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         end = time.monotonic() + seconds
         while not _answers(url):

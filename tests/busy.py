@@ -30,9 +30,8 @@ class Watched:
         arguments = ["sweep", "task.yaml", "--plan", "plan.yaml", "--workers", str(workers)]
         with (folder / "log").open("w") as log:
             self.driver = subprocess.Popen(
-                [Path(sys.executable).with_name("mad-efla"), *arguments],
-                cwd=folder, stdout=log, stderr=log,
-            )  # fmt: skip
+                [Path(sys.executable).with_name("mad-efla"), *arguments], cwd=folder, stdout=log, stderr=log
+            )
         self._workers: dict[int, float] = {}
         self.driver_seconds = self.driver_mib = 0.0
 
@@ -73,10 +72,7 @@ def main(runs: int, steps: int, workers: int, window: float) -> None:
                 own = (used - before) / had
                 both = own + (watched.driver_seconds - driver) / had
                 shares.append((now - begun, own, both))
-                click.echo(
-                    f"{now - begun:7.0f} s  workers used {own:6.1%} of the cores, with the driver "
-                    f"{both:6.1%}"
-                )
+                click.echo(f"{now - begun:7.0f} s  workers used {own:6.1%} of the cores, with the driver {both:6.1%}")
                 before, driver, since = used, watched.driver_seconds, now
         wall = time.monotonic() - begun
         (record,) = read_sweeps(folder / "runs")
@@ -88,13 +84,10 @@ def main(runs: int, steps: int, workers: int, window: float) -> None:
     if middle:
         own, both = map(min, zip(*middle, strict=True))
         click.echo(
-            f"least busy   {own:.1%} by workers, {both:.1%} with the driver, from the second window "
-            "to the last minute"
+            f"least busy   {own:.1%} by workers, {both:.1%} with the driver, from the second window to the last minute"
         )
     cost = 1000 * watched.driver_seconds / runs
-    click.echo(
-        f"driver       {cost:.1f} ms of a processor a run, {watched.driver_mib:.0f} MiB at most"
-    )
+    click.echo(f"driver       {cost:.1f} ms of a processor a run, {watched.driver_mib:.0f} MiB at most")
     sys.exit(finished < runs)
 
 

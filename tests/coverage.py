@@ -67,10 +67,7 @@ def type_one(settings: int, seeds: int, draws: int, spread: float = 0.1, seed: i
         ahead = rng.normal(0, spread, (settings, 1))
         ahead -= ahead.mean()
         a, b = (rng.normal(0.5, SD, (settings, seeds)) for _ in "ab")
-        first, second = (
-            {str(s): dict(enumerate(row)) for s, row in enumerate(x.tolist())}
-            for x in (a + ahead, b)
-        )
+        first, second = ({str(s): dict(enumerate(row)) for s, row in enumerate(x.tolist())} for x in (a + ahead, b))
         found = statistics.difference(first, second, dict.fromkeys(first, 1.0))
         rejected += found.p < 0.05
     return rejected / draws

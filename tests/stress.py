@@ -102,8 +102,10 @@ def _start(folder: Path, name: str) -> subprocess.Popen:
     with (folder / f"{name}.log").open("a") as log:
         return subprocess.Popen(
             [Path(sys.executable).with_name("mad-efla"), *arguments, "--tracking-uri", uri],
-            cwd=folder, stdout=subprocess.DEVNULL, stderr=log,
-        )  # fmt: skip
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
 
 
 def _workers(driver: int, *, and_server: bool = False) -> list[int]:
@@ -152,9 +154,7 @@ def _compare(folder: Path) -> tuple[int, int, int]:
 
 
 def _curves(folder: RunFolder) -> list[tuple[int, dict[str, float]]]:
-    rows = [
-        (r.step, {k: v for k, v in r.metrics.items() if k not in CLOCK}) for r in folder.rows()[0]
-    ]
+    rows = [(r.step, {k: v for k, v in r.metrics.items() if k not in CLOCK}) for r in folder.rows()[0]]
     return [row for row in rows if row[1]]
 
 
@@ -167,9 +167,7 @@ def _entries(store: Path) -> dict[str, list[tuple[str, set[tuple[str, int]], boo
         ).fetchall()
         found: dict[str, list[tuple[str, set[tuple[str, int]], bool]]] = {}
         for fingerprint, uuid, status in runs:
-            logged = database.execute(
-                "SELECT key, step FROM metrics WHERE run_uuid = ?", (uuid,)
-            ).fetchall()
+            logged = database.execute("SELECT key, step FROM metrics WHERE run_uuid = ?", (uuid,)).fetchall()
             repeated = len(logged) != len(set(logged))
             found.setdefault(fingerprint, []).append((status, set(logged), repeated))
     return found

@@ -35,9 +35,7 @@ def refused(tmp_path, text, model=Outer):
 
 
 def test_numbers_are_yaml_1_2(tmp_path):
-    assert read(tmp_path, "a: 1e-3\nb: off\nc: 0x10\nd: 010\n").data == {
-        "a": 0.001, "b": "off", "c": 16, "d": 10,
-    }  # fmt: skip
+    assert read(tmp_path, "a: 1e-3\nb: off\nc: 0x10\nd: 010\n").data == {"a": 0.001, "b": "off", "c": 16, "d": 10}
 
 
 def test_equal_values_and_any_order_of_keys_give_equal_json(tmp_path):
@@ -52,7 +50,10 @@ def test_equal_values_and_any_order_of_keys_give_equal_json(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("word: b\ninner:\n  lr: 1\n  wieght_decay: 0", "plan.yaml:4: inner.wieght_decay: unknown key; did you mean 'weight_decay'?"),
+        (
+            "word: b\ninner:\n  lr: 1\n  wieght_decay: 0",
+            "plan.yaml:4: inner.wieght_decay: unknown key; did you mean 'weight_decay'?",
+        ),
         ("sizzes: [1]", "plan.yaml:1: sizzes: unknown key; did you mean 'sizes'?"),
         ("zzz: 1", "plan.yaml:1: zzz: unknown key; known: inner, sizes, word"),
         ("inner: {lr: fast}", 'plan.yaml:1: inner.lr="fast": input should be a valid number'),
@@ -75,7 +76,7 @@ def test_equal_values_and_any_order_of_keys_give_equal_json(tmp_path):
         ("", "plan.yaml: is empty"),
         ("# nothing\n", "plan.yaml: is empty"),
     ],
-)  # fmt: skip
+)
 def test_bad_text_is_refused_with_its_place(tmp_path, text, message):
     assert message in refused(tmp_path, text)
 

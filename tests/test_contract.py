@@ -198,7 +198,5 @@ def test_a_crash_is_a_finding_with_its_reason():
         def step(self, x, state):
             raise NotImplementedError("no step yet")
 
-    found = contract._try(
-        contract.stepping_equals_forward, MixerUnderTest(Unfinished, Decay.Config())
-    )
+    found = contract._try(contract.stepping_equals_forward, MixerUnderTest(Unfinished, Decay.Config()))
     assert found.broken == "NotImplementedError: no step yet"

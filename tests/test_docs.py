@@ -24,9 +24,7 @@ def test_the_readme_names_every_command():
 def test_the_readme_names_every_mixer_task_and_plan():
     names = plugins.names(mad_efla.mixers) + plugins.names(mad_efla.tasks)
     names += [path.stem for path in config.presets("sweeps")]
-    assert not [
-        name for name in names if f"`{name}`" not in README and f"{name}.yaml" not in README
-    ]
+    assert not [name for name in names if f"`{name}`" not in README and f"{name}.yaml" not in README]
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "DESIGN.md", "CHANGELOG.md"])

@@ -59,10 +59,11 @@ def with_mixer(package, **fields):
 @pytest.mark.parametrize(
     ("plan", "task", "name"),
     [
-        ("mad", "recall", "24fc5f7e6989db59"), ("quick", "recall", "3d02cda4dc952cac"),
+        ("mad", "recall", "24fc5f7e6989db59"),
+        ("quick", "recall", "3d02cda4dc952cac"),
         ("mad_mini", "compression", "b33ba16fe0b316f4"),
     ],
-)  # fmt: skip
+)
 def test_runs_of_built_in_parts_keep_the_names_they_had(plan, task, name):
     assert expand.expand(task, plan, [], "bfloat16").runs[0].fingerprint == name
 

@@ -38,8 +38,7 @@ def make(runs, out):
 def same(a, b):
     """Tell whether two folders of a run hold equal scores, weights and curves."""
     curves = [
-        [(r.step, {k: v for k, v in r.metrics.items() if "second" not in k}) for r in f.rows()[0]]
-        for f in (a, b)
+        [(r.step, {k: v for k, v in r.metrics.items() if "second" not in k}) for r in f.rows()[0]] for f in (a, b)
     ]
     weights = a.load_model(), b.load_model()
     return (
@@ -89,8 +88,7 @@ def quiet(tmp_path_factory):
 
 @pytest.mark.parametrize("for_good", [False, True])
 @pytest.mark.parametrize(
-    ("room", "checkpoints"),
-    [*((n, False) for n in range(7)), *((n, True) for n in (1, 2, 6, 11, 17))],
+    ("room", "checkpoints"), [*((n, False) for n in range(7)), *((n, True) for n in (1, 2, 6, 11, 17))]
 )
 def test_a_full_disk_at_any_write_loses_nothing(tmp_path, quiet, room, checkpoints, for_good):
     run = quiet.run()
@@ -216,9 +214,41 @@ def test_eight_sweeps_may_begin_in_one_empty_folder(files):
 
 
 WORDS = st.sampled_from(
-    ["task", "name", "recall", "vary", "mixers", "efla", "grid", "optim.lr", "seeds", "train",
-     "steps", "-1", "1e9", "[", "]", "{", "}", ":", ",", "\n", "  ", "- ", "&a", "*a", "!!python/object:os.system", "é", "🦉", "null", "~", "'", '"', "#"]
-)  # fmt: skip
+    [
+        "task",
+        "name",
+        "recall",
+        "vary",
+        "mixers",
+        "efla",
+        "grid",
+        "optim.lr",
+        "seeds",
+        "train",
+        "steps",
+        "-1",
+        "1e9",
+        "[",
+        "]",
+        "{",
+        "}",
+        ":",
+        ",",
+        "\n",
+        "  ",
+        "- ",
+        "&a",
+        "*a",
+        "!!python/object:os.system",
+        "é",
+        "🦉",
+        "null",
+        "~",
+        "'",
+        '"',
+        "#",
+    ]
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -14,14 +14,10 @@ def test_kills_cost_nothing_and_the_count_would_see_it(tmp_path):
     assert count[:5] == (4, 3, 0, 0, 0)
 
     (record,) = read_sweeps(tmp_path / "disturbed")
-    first, second, third, fourth = (
-        RunFolder(tmp_path / "disturbed", f) for f in record.fingerprints
-    )
+    first, second, third, fourth = (RunFolder(tmp_path / "disturbed", f) for f in record.fingerprints)
     with sqlite3.connect(tmp_path / "disturbed.db") as database:
         row = "(SELECT run_uuid FROM tags WHERE key = 'mad.fingerprint' AND value = ?)"
-        database.execute(
-            f"DELETE FROM metrics WHERE step = 20 AND run_uuid IN {row}", (first.fingerprint,)
-        )
+        database.execute(f"DELETE FROM metrics WHERE step = 20 AND run_uuid IN {row}", (first.fingerprint,))
         database.execute(
             "INSERT INTO metrics SELECT key, value, timestamp + 1, run_uuid, step, is_nan "
             f"FROM metrics WHERE step = 40 AND run_uuid IN {row}",

@@ -12,9 +12,7 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-def check_tensors(
-    operator: str, tensors: Mapping[str, tuple[Tensor | None, str]]
-) -> dict[str, int]:
+def check_tensors(operator: str, tensors: Mapping[str, tuple[Tensor | None, str]]) -> dict[str, int]:
     """Check axes, dtypes and devices of an operator's tensors; a tensor that is None is skipped.
 
     Args:
@@ -36,8 +34,7 @@ def check_tensors(
         if x.dim() != len(axes):
             shape = tuple(x.shape)
             raise ValueError(
-                f"{place} has shape {shape}, {x.dim()} axes, but takes {len(axes)}: "
-                f"lay it out as [{' '.join(axes)}]"
+                f"{place} has shape {shape}, {x.dim()} axes, but takes {len(axes)}: lay it out as [{' '.join(axes)}]"
             )
         for axis, size in zip(axes, x.shape, strict=True):
             expected, owner = sizes.setdefault(axis, (size, name))

@@ -30,15 +30,10 @@ def stack(size: int, in_dims: Sequence[int | None], arguments: Sequence[Any]) ->
     return stacked
 
 
-def fold(
-    size: int, in_dims: Sequence[int | None], arguments: Sequence[Any], batch_axes: Sequence[int]
-) -> list[Any]:
+def fold(size: int, in_dims: Sequence[int | None], arguments: Sequence[Any], batch_axes: Sequence[int]) -> list[Any]:
     """Move an axis that is mapped over into the batch axis of every tensor, see `stack`."""
     stacked = zip(stack(size, in_dims, arguments), batch_axes, strict=True)
-    return [
-        x.movedim(0, axis).flatten(axis, axis + 1) if isinstance(x, Tensor) else x
-        for x, axis in stacked
-    ]
+    return [x.movedim(0, axis).flatten(axis, axis + 1) if isinstance(x, Tensor) else x for x, axis in stacked]
 
 
 def unfold(
@@ -72,9 +67,7 @@ def first_order_only(
         @staticmethod
         @no_type_check
         def backward(ctx, *grads):
-            raise RuntimeError(
-                f"{operator} has first-order gradients only here: {cure} for higher ones"
-            )
+            raise RuntimeError(f"{operator} has first-order gradients only here: {cure} for higher ones")
 
     def call(*arguments):
         # torch.compile traces first-order gradients only, and no Function inside another.

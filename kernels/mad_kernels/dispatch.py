@@ -136,9 +136,7 @@ def _check_numba(place: str, like: Tensor | None) -> None:
             f"move them with .cpu() or choose another backend"
         )
     if not _numba_is_installed():
-        raise ValueError(
-            f"{place}='numba' needs the package numba, which is not installed: pip install numba"
-        )
+        raise ValueError(f"{place}='numba' needs the package numba, which is not installed: pip install numba")
 
 
 def _from_environment(operator: str) -> str:

@@ -34,10 +34,8 @@ LANES = 32
 # exponent bits and bias, and the range of x that gives normal numbers.
 _EXP = {
     types.float32: (0.693359375, -2.12194440e-4, 8, 23, 127, -87.3, 88.7),
-    types.float64: (
-        6.93147180369123816490e-01, 1.90821492927058770002e-10, 14, 52, 1023, -708.3, 709.7,
-    ),
-}  # fmt: skip
+    types.float64: (6.93147180369123816490e-01, 1.90821492927058770002e-10, 14, 52, 1023, -708.3, 709.7),
+}
 
 
 class Row(types.Type):

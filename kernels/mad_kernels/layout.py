@@ -30,11 +30,7 @@ class Chunks(NamedTuple):
         x = x.to(dtype)
         if self.n * self.C != self.L:
             x = pad(x, (0, 0) * (x.dim() - 2) + (0, self.n * self.C - self.L))
-        x = (
-            x.unflatten(1, (self.n, self.C))
-            if self.n
-            else x.reshape(self.B, 0, self.C, *x.shape[2:])
-        )
+        x = x.unflatten(1, (self.n, self.C)) if self.n else x.reshape(self.B, 0, self.C, *x.shape[2:])
         x = x.transpose(0, 1).transpose(2, 3).contiguous()
         return x.flatten(1, 2)
 

@@ -49,9 +49,7 @@ class Cell:
         self.task, self.setting, self.mixer = points.task, points.setting, points.mixer
         self.condition = points.condition
         measured = [p for p in points.planned[chosen] if not p.chooses]
-        done = sorted(
-            (p for p in measured if p.fingerprint in points.results), key=lambda p: p.seed
-        )
+        done = sorted((p for p in measured if p.fingerprint in points.results), key=lambda p: p.seed)
         self.planned = len(measured)
         self.runs = [points.runs[p.fingerprint] for p in done]
         self.results = [points.results[p.fingerprint] for p in done]
@@ -143,9 +141,7 @@ class Cell:
     @property
     def best_run(self) -> RunConfig | None:
         """The measured run that is best on validation; None where all diverged."""
-        ended = [
-            (r.validation.token_accuracy, i) for i, r in enumerate(self.results) if r.validation
-        ]
+        ended = [(r.validation.token_accuracy, i) for i, r in enumerate(self.results) if r.validation]
         return self.runs[max(ended, key=lambda e: (e[0], -e[1]))[1]] if ended else None
 
 
@@ -160,10 +156,7 @@ def cells(group: Group) -> list[Cell]:
         order.setdefault((points.task, points.condition), len(order))
     made = [Cell(points, chosen) for points in found if (chosen := points.choose())]
     made = [cell for cell in made if cell.results]
-    return sorted(
-        made,
-        key=lambda c: (order[c.task, c.condition], -(c.accuracy.mean if c.accuracy else -1.0)),
-    )
+    return sorted(made, key=lambda c: (order[c.task, c.condition], -(c.accuracy.mean if c.accuracy else -1.0)))
 
 
 def chosen(group: Group) -> list[tuple[str, str, str, str]]:
@@ -214,9 +207,8 @@ class _Points:
         fields = {
             point: {k: v for k, v in flatten(run).items() if k.startswith(prefixes)}
             for point, planned in self.planned.items()
-            if (run := next((self.runs[p.fingerprint] for p in planned
-                             if p.fingerprint in self.runs), None))
-        }  # fmt: skip
+            if (run := next((self.runs[p.fingerprint] for p in planned if p.fingerprint in self.runs), None))
+        }
         own = fields.get(chosen, {})
         return {k: v for k, v in own.items() if any(f.get(k) != v for f in fields.values())}
 
@@ -299,9 +291,7 @@ def _mixers(group: Group) -> dict[tuple[str, str], str]:
 def _explored(group: Group) -> Group:
     """Make everything that a search ranges over a part of the point; settings are its labels."""
     named = [
-        entry.model_copy(
-            update={"condition": entry.setting, "point": entry.condition + entry.point}
-        )
+        entry.model_copy(update={"condition": entry.setting, "point": entry.condition + entry.point})
         for entry in group.planned
     ]
     return group._replace(planned=named)
@@ -320,9 +310,7 @@ def _match(found: list[_Points]) -> None:
             if own != common and common:
                 points.allowed = common
                 n = len(own - common)
-                points.notes.append(
-                    f"{n} grid point{'s' * (n > 1)} left out that not every mixer was given"
-                )
+                points.notes.append(f"{n} grid point{'s' * (n > 1)} left out that not every mixer was given")
             elif not common:
                 points.notes.append("no grid point in common with the other mixers: not ranked")
 
@@ -334,8 +322,7 @@ def _grid(points: _Points) -> set[str]:
 
 def _tasks(group: Group) -> dict[str, str]:
     """Return the task's name of each condition."""
-    names = {p.condition: group.runs[p.fingerprint].task.name
-             for p in group.planned if p.fingerprint in group.runs}  # fmt: skip
+    names = {p.condition: group.runs[p.fingerprint].task.name for p in group.planned if p.fingerprint in group.runs}
     by_run = {f: record.task for record in group.records for f in record.fingerprints}
     for entry in group.planned:
         names.setdefault(entry.condition, by_run.get(entry.fingerprint, ""))
@@ -352,9 +339,7 @@ def _labels(group: Group) -> dict[str, str]:
     for entry in group.planned:
         if entry.condition not in first or first[entry.condition] is None:
             if entry.condition not in first:
-                shown.setdefault((tasks[entry.condition], entry.setting), []).append(
-                    entry.condition
-                )
+                shown.setdefault((tasks[entry.condition], entry.setting), []).append(entry.condition)
             first[entry.condition] = group.runs.get(entry.fingerprint)
     labels = {}
     for (_, label), conditions in shown.items():

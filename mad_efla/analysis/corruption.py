@@ -130,9 +130,7 @@ def grid(result: Result) -> dict[str, list[float]]:
     return found
 
 
-def curves(
-    result: Result, grids: dict[str, list[float]] | None = None
-) -> dict[str, SeedCurve]:  # fmt: skip
+def curves(result: Result, grids: dict[str, list[float]] | None = None) -> dict[str, SeedCurve]:
     """Return a run's curves; zeros over `grids` for a run that diverged."""
     if not result.probes:
         return {name: SeedCurve(s, [0.0] * len(s)) for name, s in (grids or {}).items()}
@@ -140,8 +138,7 @@ def curves(
     for probe in result.probes:
         found.setdefault(probe.name, []).append(probe)
     return {
-        name: SeedCurve([p.severity for p in probes], [p.accuracy for p in probes])
-        for name, probes in found.items()
+        name: SeedCurve([p.severity for p in probes], [p.accuracy for p in probes]) for name, probes in found.items()
     }
 
 

@@ -132,9 +132,7 @@ def leaderboard(group: Group) -> Leaderboard:
     ]
     mixers = _mixers(names, tasks, found)
     pairs = [] if group.protocol == "exploring" else _pairs([m.mixer for m in mixers], found)
-    return Leaderboard(
-        group.plan, group.protocol, found, table, mixers, pairs, _notes(group, mixers)
-    )
+    return Leaderboard(group.plan, group.protocol, found, table, mixers, pairs, _notes(group, mixers))
 
 
 def leaderboards(groups: list[Group]) -> list[Leaderboard]:
@@ -186,16 +184,13 @@ def _mixers(names: list[str], tasks: list[str], found: list[Cell]) -> list[Mixer
         if own[name] and {cell.task for cell in own[name]} == set(tasks):
             scale = math.fsum(shares[c.condition] for c in own[name])
             average = statistics.weighted(
-                [list(c.values().values()) for c in own[name]],
-                [shares[c.condition] / scale for c in own[name]],
+                [list(c.values().values()) for c in own[name]], [shares[c.condition] / scale for c in own[name]]
             )
         scores.append(MixerScore(name, average, None, _unranked(own[name], whole)))
     scores.sort(key=lambda m: (bool(m.unranked), -(m.average.mean if m.average else -1), m.mixer))
     ranked = [m.average.mean for m in scores if m.average and not m.unranked]
     return [
-        m._replace(rank=1 + sum(other > m.average.mean for other in ranked))
-        if m.average and not m.unranked
-        else m
+        m._replace(rank=1 + sum(other > m.average.mean for other in ranked)) if m.average and not m.unranked else m
         for m in scores
     ]
 

@@ -60,9 +60,8 @@ def interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> In
 
 
 def weighted(
-    settings: Sequence[Sequence[float]], weights: Sequence[float], low: float = 0.0,
-    high: float = 1.0,
-) -> Interval:  # fmt: skip
+    settings: Sequence[Sequence[float]], weights: Sequence[float], low: float = 0.0, high: float = 1.0
+) -> Interval:
     """Return a weighted mean over settings with its interval.
 
     Args:
@@ -97,9 +96,7 @@ def _t(df: float) -> float:
 
 
 def difference(
-    first: Mapping[str, Mapping[int, float]],
-    second: Mapping[str, Mapping[int, float]],
-    weights: Mapping[str, float],
+    first: Mapping[str, Mapping[int, float]], second: Mapping[str, Mapping[int, float]], weights: Mapping[str, float]
 ) -> Difference | None:
     """Compare two mixers on the settings and seeds that both have.
 
@@ -127,10 +124,7 @@ def difference(
     shares = [weights[s] / whole for s in names]
     values = [list(pairs[s].values()) for s in names]
     if len({tuple(pairs[s]) for s in names}) == 1:
-        blocks = [
-            math.fsum(w * v for w, v in zip(shares, seed, strict=True))
-            for seed in zip(*values, strict=True)
-        ]
+        blocks = [math.fsum(w * v for w, v in zip(shares, seed, strict=True)) for seed in zip(*values, strict=True)]
         found, p = weighted([blocks], [1.0], -1.0), _p([blocks], [1.0])
     else:
         found, p = weighted(values, shares, -1.0), _p(values, shares)

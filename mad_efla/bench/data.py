@@ -51,13 +51,23 @@ def data_table(times: Iterable[DataTime]) -> Table:
     rows = list(times)
     total = f"{sum(t.seconds for t in rows):.2f}"
     for heading, footer in (
-        ("vocabulary", ""), ("tokens", ""), ("training examples", ""), ("MB", ""), ("ceiling", ""),
+        ("vocabulary", ""),
+        ("tokens", ""),
+        ("training examples", ""),
+        ("MB", ""),
+        ("ceiling", ""),
         ("seconds", total),
-    ):  # fmt: skip
+    ):
         table.add_column(heading, footer, justify="right")
     for (label, task, sizes), seconds, megabytes, ceiling in rows:
         table.add_row(
-            task.name, label, str(task.vocabulary), str(task.input_length),
-            f"{sizes.train_examples:,}", f"{megabytes:.1f}", f"{ceiling:.4f}", f"{seconds:.3f}",
-        )  # fmt: skip
+            task.name,
+            label,
+            str(task.vocabulary),
+            str(task.input_length),
+            f"{sizes.train_examples:,}",
+            f"{megabytes:.1f}",
+            f"{ceiling:.4f}",
+            f"{seconds:.3f}",
+        )
     return table

@@ -50,10 +50,15 @@ def overhead(sweeps: list[Sweep], device: str, workers: int) -> Split:
         processes.prepare(device)
         for found in sweeps:
             record = SweepRecord(
-                id=found.id, task=found.task, plan=found.plan, protocol=found.protocol,
-                command="mad-efla bench overhead", started=now(), ended=None,
+                id=found.id,
+                task=found.task,
+                plan=found.plan,
+                protocol=found.protocol,
+                command="mad-efla bench overhead",
+                started=now(),
+                ended=None,
                 fingerprints=tuple(r.fingerprint for r in found.runs),
-            )  # fmt: skip
+            )
             write_sweep(out, record)
             stack.enter_context(tracking.Mirror(uri, out, record))
         begun, wall, used = time.perf_counter(), time.time(), time.process_time()
@@ -91,8 +96,6 @@ def split_table(split: Split) -> Table:
     ):
         table.add_column(heading, footer, justify="right")
     for what, spent in parts.items():
-        table.add_row(
-            what, f"{spent:.2f}", f"{100 * spent / total:.2f}", f"{100 * spent / steps:.2f}"
-        )
+        table.add_row(what, f"{spent:.2f}", f"{100 * spent / total:.2f}", f"{100 * spent / steps:.2f}")
     table.caption = f"the driver used {driver:.1f} s of a processor beside the workers"
     return table

@@ -77,7 +77,11 @@ def step_times(times: list[StepTime]) -> Table:
         reference = first.setdefault(run.setting, seconds)
         tokens = run.train.batch_size * run.task.input_length
         table.add_row(
-            run.setting, run.mixer, f"{1e3 * seconds:.0f}", f"{100 * spread:.0f} %",
-            f"{tokens / seconds:,.0f}", f"{seconds / reference:.2f}",
-        )  # fmt: skip
+            run.setting,
+            run.mixer,
+            f"{1e3 * seconds:.0f}",
+            f"{100 * spread:.0f} %",
+            f"{tokens / seconds:,.0f}",
+            f"{seconds / reference:.2f}",
+        )
     return table

@@ -37,9 +37,7 @@ _WARM_UP = 2 * step.WARM_UP
 Row = dict[str, Any]
 
 
-def measure(
-    runs: list[RunConfig], device: str, seconds: float, at_once: list[int]
-) -> Iterator[Row]:
+def measure(runs: list[RunConfig], device: str, seconds: float, at_once: list[int]) -> Iterator[Row]:
     """Measure runs of a plan, and estimate the time of them all.
 
     Args:
@@ -65,9 +63,8 @@ def measure(
 
 
 def _mixer(
-    runs: list[RunConfig], shapes: dict[tuple[str, str], RunConfig], device: str, seconds: float,
-    at_once: list[int],
-) -> Iterator[Row]:  # fmt: skip
+    runs: list[RunConfig], shapes: dict[tuple[str, str], RunConfig], device: str, seconds: float, at_once: list[int]
+) -> Iterator[Row]:
     used = step.form(torch.device(device))
     speeds: dict[tuple[str, str], float] = {}
     gains = {"alone": 1.0}
@@ -90,10 +87,7 @@ def _mixer(
     yield _estimate(runs, speeds, gains, device)
 
 
-def _estimate(
-    runs: list[RunConfig], speeds: dict[tuple[str, str], float], gains: dict[str, float],
-    device: str,
-) -> Row:  # fmt: skip
+def _estimate(runs: list[RunConfig], speeds: dict[tuple[str, str], float], gains: dict[str, float], device: str) -> Row:
     """Estimate the training steps of all runs; evaluations and data are left out."""
     possible = {way: gain for way, gain in gains.items() if not way.endswith("stacked")}
     best = max(possible, key=lambda way: possible[way])
@@ -197,8 +191,7 @@ def _wait(device: str) -> None:
 def _shared(run: RunConfig, n: int, device: str, seconds: float) -> Row:
     ready, speeds = processes.context.Barrier(n), processes.context.SimpleQueue()
     workers = [
-        processes.start(_share, _seeded(run, i), device, seconds, ready, speeds, device=device)
-        for i in range(n)
+        processes.start(_share, _seeded(run, i), device, seconds, ready, speeds, device=device) for i in range(n)
     ]
     for worker in workers:
         worker.join()
@@ -208,9 +201,8 @@ def _shared(run: RunConfig, n: int, device: str, seconds: float) -> Row:
 
 
 def _share(
-    environment: dict[str, str], run: RunConfig, device: str, seconds: float, ready: Barrier,
-    speeds: Any,
-) -> None:  # fmt: skip
+    environment: dict[str, str], run: RunConfig, device: str, seconds: float, ready: Barrier, speeds: Any
+) -> None:
     processes.begin(environment, signal.SIG_DFL)
     torch.set_num_threads(1)
     if device == "cuda":
@@ -246,14 +238,11 @@ class Stacked:
 
     def __init__(self, steps: list[step.Static]):
         if any(s.optim.grad_clip is not None for s in steps):
-            raise ValueError(
-                "optim.grad_clip: a stacked step has no norm of each run; leave it out"
-            )
+            raise ValueError("optim.grad_clip: a stacked step has no norm of each run; leave it out")
         self.steps, first = steps, steps[0]
         columns = [dict(s.module.named_parameters()) for s in steps]
         self.parameters = {
-            name: torch.stack([c[name].detach() for c in columns]).requires_grad_()
-            for name in columns[0]
+            name: torch.stack([c[name].detach() for c in columns]).requires_grad_() for name in columns[0]
         }
         decayed = [name for name, x in columns[0].items() if x.ndim >= 2]
         others = [name for name in columns[0] if name not in decayed]
@@ -262,12 +251,13 @@ class Stacked:
                 {"params": [self.parameters[n] for n in names], "weight_decay": decay}
                 for names, decay in ((decayed, first.optim.weight_decay), (others, 0.0))
             ],
-            lr=first.rate, betas=first.optim.betas, fused=True, capturable=first.capturable,
-        )  # fmt: skip
+            lr=first.rate,
+            betas=first.optim.betas,
+            fused=True,
+            capturable=first.capturable,
+        )
         K = max(s.positions.shape[1] for s in steps)
-        self.data = [
-            (s.inputs, _widened(s.positions, K, 0), _widened(s.answers, K, IGNORE)) for s in steps
-        ]
+        self.data = [(s.inputs, _widened(s.positions, K, 0), _widened(s.answers, K, IGNORE)) for s in steps]
         self.gradients = vmap(grad_and_value(self._loss))
 
     def update(self, rows: Tensor) -> Tensor:
@@ -280,13 +270,9 @@ class Stacked:
         self.optimizer.step()
         return losses.detach()
 
-    def _loss(
-        self, parameters: dict[str, Tensor], inputs: Tensor, positions: Tensor, answers: Tensor
-    ) -> Tensor:
+    def _loss(self, parameters: dict[str, Tensor], inputs: Tensor, positions: Tensor, answers: Tensor) -> Tensor:
         first = self.steps[0]
-        return first.loss(
-            lambda *x: functional_call(first.module, parameters, x), inputs, positions, answers
-        )
+        return first.loss(lambda *x: functional_call(first.module, parameters, x), inputs, positions, answers)
 
 
 def _widened(x: Tensor, width: int, value: int) -> Tensor:
@@ -296,9 +282,7 @@ def _widened(x: Tensor, width: int, value: int) -> Tensor:
 def _stacked(run: RunConfig, n: int, device: str, seconds: float) -> Row:
     with TemporaryDirectory() as scratch:
         loops = [_loop(_seeded(run, i), Path(scratch), device) for i in range(n)]
-        stacked = Stacked(
-            [step.Static(x.model, run.train, run.optim, *x.splits["train"]) for x in loops]
-        )
+        stacked = Stacked([step.Static(x.model, run.train, run.optim, *x.splits["train"]) for x in loops])
         widest = min(len(s.answers) for s in stacked.steps)
         rows = torch.arange(min(run.train.batch_size, widest), device=device).repeat(n, 1)
 

@@ -34,7 +34,20 @@ def cli() -> None:
 
 
 for _command in (
-    sweep, status, logs, ui, sync, score, results, report, spectrum, causes, bench, list_, show,
-    check, data,
-):  # fmt: skip
+    sweep,
+    status,
+    logs,
+    ui,
+    sync,
+    score,
+    results,
+    report,
+    spectrum,
+    causes,
+    bench,
+    list_,
+    show,
+    check,
+    data,
+):
     cli.add_command(_command)

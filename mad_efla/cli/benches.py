@@ -4,14 +4,7 @@ from pathlib import Path
 
 import click
 
-from mad_efla.cli.shared import (
-    data_dir_option,
-    device_option,
-    options,
-    plan_option,
-    says_errors,
-    set_option,
-)
+from mad_efla.cli.shared import data_dir_option, device_option, options, plan_option, says_errors, set_option
 
 
 @click.group()
@@ -27,11 +20,9 @@ def bench() -> None:
     device_option,
     click.option("--rounds", type=click.IntRange(4), default=10, show_default=True),
     data_dir_option,
-)  # fmt: skip
+)
 @says_errors
-def bench_step(
-    task: str, plan: str, assignments: tuple[str, ...], device: str, rounds: int
-) -> None:
+def bench_step(task: str, plan: str, assignments: tuple[str, ...], device: str, rounds: int) -> None:
     """Time a training step of each mixer and setting of a plan on TASK, on one thread.
 
     \b
@@ -56,14 +47,10 @@ def bench_step(
 @options(
     plan_option,
     set_option,
-    click.option(
-        "--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: the cores]"
-    ),
-)  # fmt: skip
+    click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: the cores]"),
+)
 @says_errors
-def bench_overhead(
-    tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], workers: int | None
-) -> None:
+def bench_overhead(tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], workers: int | None) -> None:
     """Sweep TASKS under a plan on the CPU, mirrored to MLflow, and print where the time went.
 
     Nothing of the sweep is kept.
@@ -93,23 +80,35 @@ def bench_overhead(
     set_option,
     device_option,
     click.option(
-        "--seconds", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
+        "--seconds",
+        type=click.FloatRange(0, min_open=True),
+        default=1.0,
+        show_default=True,
         help="To time each measurement for.",
     ),
     click.option(
-        "--at-once", type=click.IntRange(2), multiple=True, default=(2, 4, 8), show_default=True,
-        metavar="N", help="Runs to share the device, and to be stacked. Repeatable.",
+        "--at-once",
+        type=click.IntRange(2),
+        multiple=True,
+        default=(2, 4, 8),
+        show_default=True,
+        metavar="N",
+        help="Runs to share the device, and to be stacked. Repeatable.",
     ),
     click.option(
-        "--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-        help="Append the lines to FILE, too.",
+        "--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Append the lines to FILE, too."
     ),
-)  # fmt: skip
+)
 @says_errors
 def bench_device(
-    tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], device: str, seconds: float,
-    at_once: tuple[int, ...], to: Path | None,
-) -> None:  # fmt: skip
+    tasks: tuple[str, ...],
+    plan: str,
+    assignments: tuple[str, ...],
+    device: str,
+    seconds: float,
+    at_once: tuple[int, ...],
+    to: Path | None,
+) -> None:
     """Time training steps of a plan on TASKS in every way to make many runs, as JSON lines.
 
     One run by each form of the step, several processes that share the device, several runs stacked
@@ -146,7 +145,7 @@ def bench_device(
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
     click.option("--rounds", type=click.IntRange(1), default=1, show_default=True),
     data_dir_option,
-)  # fmt: skip
+)
 @says_errors
 def bench_data(tasks: tuple[str, ...], seed: int, rounds: int) -> None:
     """Time the generation of every setting of TASKS (all that generate), on one core.

@@ -5,14 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mad_efla.cli.shared import (
-    OUT,
-    data_dir_option,
-    options,
-    out_option,
-    says_errors,
-    tracking_option,
-)
+from mad_efla.cli.shared import OUT, data_dir_option, options, out_option, says_errors, tracking_option
 from mad_efla.config import ConfigError
 
 if TYPE_CHECKING:
@@ -40,9 +33,7 @@ def score(runs: tuple[Path, ...], form: str | None) -> None:
     runs = runs or (Path(OUT),)
     boards = leaderboards(load(*runs))
     if not boards:
-        raise ConfigError(
-            f"{', '.join(map(str, runs))}: holds exploring runs only, which have no score"
-        )
+        raise ConfigError(f"{', '.join(map(str, runs))}: holds exploring runs only, which have no score")
     if form:
         write = {"json": export.as_json, "csv": export.as_csv, "latex": export.as_latex}[form]
         click.echo(write(boards), nl=False)
@@ -56,14 +47,17 @@ def score(runs: tuple[Path, ...], form: str | None) -> None:
 @click.argument("runs", type=click.Path(path_type=Path), default=OUT)
 @options(
     click.option(
-        "--into", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        "--into",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
         help="Replace the sections of these plans in FILE, and keep the others; else print.",
     ),
     click.option(
-        "--readings", type=click.Path(path_type=Path, file_okay=False, exists=True),
+        "--readings",
+        type=click.Path(path_type=Path, file_okay=False, exists=True),
         help="Folder with PLAN.md, to be set under the heading of a plan.",
     ),
-)  # fmt: skip
+)
 @says_errors
 def results(runs: Path, into: Path | None, readings: Path | None) -> None:
     """Write the results page of the sweeps under RUNS: a section per plan, in Markdown.
@@ -86,11 +80,13 @@ def results(runs: Path, into: Path | None, readings: Path | None) -> None:
 @click.argument("runs", type=click.Path(path_type=Path), default=OUT)
 @options(
     click.option(
-        "--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        "--to",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
         help="Where the page goes, its figures beside it.  [default: RUNS/report/index.html]",
     ),
     data_dir_option,
-)  # fmt: skip
+)
 @says_errors
 def report(runs: Path, to: Path | None) -> None:
     """Write the sweeps under RUNS as one HTML page that needs no other file, and its figures.
@@ -113,30 +109,45 @@ def report(runs: Path, to: Path | None) -> None:
 @options(
     out_option,
     click.option(
-        "--to", type=click.Path(path_type=Path, file_okay=False), default="figures",
-        show_default=True, help="Folder for the figures; those of the same name are replaced.",
+        "--to",
+        type=click.Path(path_type=Path, file_okay=False),
+        default="figures",
+        show_default=True,
+        help="Folder for the figures; those of the same name are replaced.",
     ),
     click.option("--against", metavar="RUN", help="Show the differences from this run, too."),
     click.option(
-        "--examples", type=click.IntRange(1), default=16, show_default=True, metavar="N",
+        "--examples",
+        type=click.IntRange(1),
+        default=16,
+        show_default=True,
+        metavar="N",
         help="Sequences of the test split to look at.",
     ),
     click.option(
-        "--seed", type=click.IntRange(0), default=0, show_default=True,
+        "--seed",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
         help="Draws the noise and the replaced token that gains are measured with.",
     ),
     click.option(
-        "--log", is_flag=True,
-        help="Draw each RUN on a page of its own, too, as an artifact of the run in MLflow.",
+        "--log", is_flag=True, help="Draw each RUN on a page of its own, too, as an artifact of the run in MLflow."
     ),
     tracking_option,
     data_dir_option,
-)  # fmt: skip
+)
 @says_errors
 def spectrum(
-    runs: tuple[str, ...], out: Path, to: Path, against: str | None, examples: int, seed: int,
-    log: bool, tracking_uri: str | None,
-) -> None:  # fmt: skip
+    runs: tuple[str, ...],
+    out: Path,
+    to: Path,
+    against: str | None,
+    examples: int,
+    seed: int,
+    log: bool,
+    tracking_uri: str | None,
+) -> None:
     """Show what trained mixers do with their memory: a table, and figures as PNG and SVG.
 
     A RUN is named by the beginning of its name, as in `mad-efla status`. Its weights are looked at
@@ -152,10 +163,7 @@ def spectrum(
     named = [status.find(out, run) for run in (*filter(None, [against]), *runs)]
     folders = list({folder.fingerprint: folder for folder in named}.values())
     names = spectra.names([folder.run() for folder in folders])
-    found = {
-        name: spectra.diagnose(folder, examples, seed)
-        for name, folder in zip(names, folders, strict=True)
-    }
+    found = {name: spectra.diagnose(folder, examples, seed) for name, folder in zip(names, folders, strict=True)}
     drawn = spectra.figures(found)
     scalars = {name: diagnosis.scalars() for name, diagnosis in found.items()}
     table = tables.spectra(scalars, names[0] if against else None)
@@ -167,9 +175,7 @@ def spectrum(
         _log_figures(list(zip(folders, found.values(), strict=True)), out, tracking_uri)
 
 
-def _log_figures(
-    looked: "list[tuple[RunFolder, Diagnosis]]", out: Path, tracking_uri: str | None
-) -> None:
+def _log_figures(looked: "list[tuple[RunFolder, Diagnosis]]", out: Path, tracking_uri: str | None) -> None:
     from mad_efla import tracking
     from mad_efla.reporting.figures import artifacts
 
@@ -188,33 +194,50 @@ def _log_figures(
     click.option("--plan", help="Whose runs, where RUNS holds those of several plans."),
     click.option("--setting", help="Whose runs, where there are several, as in 'digits baseline'."),
     click.option(
-        "--mixer", "mixers", multiple=True, metavar="LABEL",
+        "--mixer",
+        "mixers",
+        multiple=True,
+        metavar="LABEL",
         help="Which, by the label in the tables. Repeatable.  [default: all]",
     ),
     click.option("--corruption", default="intensity", show_default=True, help="By its name."),
+    click.option("--severity", type=float, metavar="S", help="At which parts are exchanged.  [default: the largest]"),
     click.option(
-        "--severity", type=float, metavar="S",
-        help="At which parts are exchanged.  [default: the largest]",
-    ),
-    click.option(
-        "--parts", "groups", multiple=True, metavar="A+B",
+        "--parts",
+        "groups",
+        multiple=True,
+        metavar="A+B",
         help="Parts exchanged together, as in erase+write. Repeatable.  [default: each alone]",
     ),
     click.option(
-        "--examples", type=click.IntRange(1), default=16, show_default=True, metavar="N",
+        "--examples",
+        type=click.IntRange(1),
+        default=16,
+        show_default=True,
+        metavar="N",
         help="Sequences that are diagnosed.",
     ),
     click.option(
-        "--to", type=click.Path(path_type=Path, file_okay=False), default="figures",
-        show_default=True, help="Folder for the figures; those of the same name are replaced.",
+        "--to",
+        type=click.Path(path_type=Path, file_okay=False),
+        default="figures",
+        show_default=True,
+        help="Folder for the figures; those of the same name are replaced.",
     ),
     data_dir_option,
-)  # fmt: skip
+)
 @says_errors
 def causes(
-    runs: Path, plan: str | None, setting: str | None, mixers: tuple[str, ...], corruption: str,
-    severity: float | None, groups: tuple[str, ...], examples: int, to: Path,
-) -> None:  # fmt: skip
+    runs: Path,
+    plan: str | None,
+    setting: str | None,
+    mixers: tuple[str, ...],
+    corruption: str,
+    severity: float | None,
+    groups: tuple[str, ...],
+    examples: int,
+    to: Path,
+) -> None:
     """Find out why mixers fail on corrupted inputs: what their layers do, which part did it.
 
     Of each mixer the runs at its chosen grid point, all seeds. Layers of the delta family are taken
@@ -229,10 +252,7 @@ def causes(
 
     arms = causes.choose(runs, plan, mixers, setting)
     parts = [tuple(name.strip() for name in group.split("+")) for group in groups]
-    found = [
-        causes.account(runs, arm, corruption, severity, groups=parts, examples=examples)
-        for arm in arms
-    ]
+    found = [causes.account(runs, arm, corruption, severity, groups=parts, examples=examples) for arm in arms]
     for table in tables.accounts(found):
         terminal.show(table)
     drawn = {f"{corruption}-states": robustness.states(found)}

@@ -5,14 +5,7 @@ from pathlib import Path
 
 import click
 
-from mad_efla.cli.shared import (
-    draw,
-    log_model_option,
-    options,
-    out_option,
-    says_errors,
-    tracking_option,
-)
+from mad_efla.cli.shared import draw, log_model_option, options, out_option, says_errors, tracking_option
 
 
 @click.command()
@@ -20,10 +13,8 @@ from mad_efla.cli.shared import (
     out_option,
     tracking_option,
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
-    click.option(
-        "--port", type=click.IntRange(1, 65535), help="Port.  [default: 5000, or a free one]"
-    ),
-)  # fmt: skip
+    click.option("--port", type=click.IntRange(1, 65535), help="Port.  [default: 5000, or a free one]"),
+)
 @says_errors
 def ui(out: Path, tracking_uri: str | None, host: str, port: int | None) -> None:
     """Open MLflow on the runs."""
@@ -38,10 +29,9 @@ def ui(out: Path, tracking_uri: str | None, host: str, port: int | None) -> None
     tracking_option,
     log_model_option,
     click.option(
-        "--figures", is_flag=True,
-        help="Draw leaderboards, and the memory of each mixer's best run in each setting.",
+        "--figures", is_flag=True, help="Draw leaderboards, and the memory of each mixer's best run in each setting."
     ),
-)  # fmt: skip
+)
 @says_errors
 def sync(out: Path, tracking_uri: str | None, log_models: bool, figures: bool) -> None:
     """Bring MLflow up to date from the run folders, as after a server was away."""

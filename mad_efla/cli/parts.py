@@ -11,9 +11,11 @@ from mad_efla.cli.shared import data_dir_option, options, says_errors, set_optio
 @click.command("list")
 @click.argument("kind", type=click.Choice(["tasks", "mixers", "plans"]))
 @click.option(
-    "--at", multiple=True, metavar="width=N",
+    "--at",
+    multiple=True,
+    metavar="width=N",
     help="For mixers: what a layer costs at this width, and at seq_len=N. Repeatable.",
-)  # fmt: skip
+)
 @says_errors
 def list_(kind: str, at: tuple[str, ...]) -> None:
     """List the tasks, mixers or plans there are, with their fields.
@@ -36,14 +38,11 @@ def list_(kind: str, at: tuple[str, ...]) -> None:
     set_option,
     data_dir_option,
     click.option(
-        "--svg", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-        help="Draw them into FILE instead.",
+        "--svg", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw them into FILE instead."
     ),
-)  # fmt: skip
+)
 @says_errors
-def show(
-    task: str, examples: int, seed: int, assignments: tuple[str, ...], svg: Path | None
-) -> None:
+def show(task: str, examples: int, seed: int, assignments: tuple[str, ...], svg: Path | None) -> None:
     """Print examples of TASK: keys, values, what is scored, and what its solver answers, if any.
 
     \b
@@ -70,11 +69,14 @@ def show(
 @options(
     click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Its fields."),
     click.option(
-        "--width", type=click.IntRange(1), default=32, show_default=True,
+        "--width",
+        type=click.IntRange(1),
+        default=32,
+        show_default=True,
         help="Width of the model that a mixer is built for.",
     ),
     data_dir_option,
-)  # fmt: skip
+)
 @says_errors
 def check(name: str, assignments: tuple[str, ...], width: int) -> None:
     """Check the mixer or task NAME against all that a mixer or task promises.
@@ -96,26 +98,23 @@ def check(name: str, assignments: tuple[str, ...], width: int) -> None:
 @click.command()
 @click.argument("task")
 @options(
+    click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write to."),
     click.option(
-        "--out", type=click.Path(path_type=Path, file_okay=False), required=True,
-        help="Folder to write to.",
-    ),
-    click.option(
-        "--setting", default="baseline", show_default=True, metavar="LABEL|N|all",
+        "--setting",
+        default="baseline",
+        show_default=True,
+        metavar="LABEL|N|all",
         help="Which: its label, its number in the file (0 is the baseline), or all.",
     ),
     click.option(
-        "--split", type=click.Choice(["train", "validation", "test", "all"]), default="all",
-        show_default=True,
+        "--split", type=click.Choice(["train", "validation", "test", "all"]), default="all", show_default=True
     ),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
     set_option,
     data_dir_option,
-)  # fmt: skip
+)
 @says_errors
-def data(
-    task: str, out: Path, setting: str, split: str, seed: int, assignments: tuple[str, ...]
-) -> None:
+def data(task: str, out: Path, setting: str, split: str, seed: int, assignments: tuple[str, ...]) -> None:
     """Write the data of TASK as .npz files, for use elsewhere.
 
     \b

@@ -39,29 +39,29 @@ def options(*options: Callable[..., Any]) -> Callable[..., Any]:
     return lambda function: functools.reduce(lambda f, o: o(f), reversed(options), function)
 
 
-plan_option = click.option(
-    "--plan", default="quick", show_default=True, help="Plan: a path or a name."
-)
+plan_option = click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name.")
 set_option = click.option(
-    "--set", "assignments", multiple=True, metavar="FIELD=VALUE",
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="FIELD=VALUE",
     help="Override any field, as in optim.lr=0.003. Repeatable.",
-)  # fmt: skip
+)
 device_option = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-    help="Where to train.",
-)  # fmt: skip
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
+)
 out_option = click.option(
-    "--out", type=click.Path(path_type=Path), default=OUT, show_default=True,
-    help="Folder of run folders.",
-)  # fmt: skip
+    "--out", type=click.Path(path_type=Path), default=OUT, show_default=True, help="Folder of run folders."
+)
 tracking_option = click.option(
-    "--tracking-uri", metavar="URI",
-    help="MLflow store; else MLFLOW_TRACKING_URI, else ./mlflow.db.",
-)  # fmt: skip
+    "--tracking-uri", metavar="URI", help="MLflow store; else MLFLOW_TRACKING_URI, else ./mlflow.db."
+)
 log_model_option = click.option(
-    "--log-model", "log_models", is_flag=True,
+    "--log-model",
+    "log_models",
+    is_flag=True,
     help="Log the models of finished runs to MLflow, too, for `mlflow.pytorch.load_model`.",
-)  # fmt: skip
+)
 
 
 def _use_data_dir(context: click.Context, option: click.Parameter, folder: Path | None) -> None:
@@ -70,10 +70,13 @@ def _use_data_dir(context: click.Context, option: click.Parameter, folder: Path 
 
 
 data_dir_option = click.option(
-    "--data-dir", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
-    callback=_use_data_dir, expose_value=False,
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="DIR",
+    callback=_use_data_dir,
+    expose_value=False,
     help="Folder of data sets, as DIR/mnist/; else MAD_EFLA_DATA.",
-)  # fmt: skip
+)
 
 
 def draw(records: "list[SweepRecord]", out: Path) -> None:

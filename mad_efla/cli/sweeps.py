@@ -48,40 +48,56 @@ class _Told(NamedTuple):
     set_option,
     device_option,
     click.option(
-        "--workers", type=click.IntRange(0), metavar="N",
+        "--workers",
+        type=click.IntRange(0),
+        metavar="N",
         help="Worker processes, one thread each; 0 trains in this process.  [default: the cores]",
     ),
     click.option(
-        "--per-device", type=click.IntRange(1), metavar="N",
+        "--per-device",
+        type=click.IntRange(1),
+        metavar="N",
         help="Runs that share a GPU, in processes of their own.  [default: 1]",
     ),
     click.option(
-        "--executor", type=click.Choice(["local", "ray", "slurm"]), default="local",
-        show_default=True, help="Whose processes: this machine's, or a cluster's.",
+        "--executor",
+        type=click.Choice(["local", "ray", "slurm"]),
+        default="local",
+        show_default=True,
+        help="Whose processes: this machine's, or a cluster's.",
     ),
     out_option,
     tracking_option,
     click.option("--no-tracking", is_flag=True, help="Leave MLflow alone; `mad-efla sync` later."),
     log_model_option,
     click.option(
-        "--no-figures", is_flag=True,
-        help="Draw no figures for MLflow at the end; `mad-efla sync --figures` later.",
+        "--no-figures", is_flag=True, help="Draw no figures for MLflow at the end; `mad-efla sync --figures` later."
     ),
     click.option("--dry-run", is_flag=True, help="Print the runs and an estimate, and stop."),
     click.option(
-        "--max-hours", type=click.FloatRange(0, min_open=True), metavar="H",
-        help="Stop after H hours as Ctrl-C would.",
+        "--max-hours", type=click.FloatRange(0, min_open=True), metavar="H", help="Stop after H hours as Ctrl-C would."
     ),
     click.option("--retry-failed", is_flag=True, help="Make runs again that failed by an error."),
     data_dir_option,
-)  # fmt: skip
+)
 @says_errors
 def sweep(
-    tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], device: str,
-    workers: int | None, per_device: int | None, executor: str, out: Path,
-    tracking_uri: str | None, no_tracking: bool, log_models: bool, no_figures: bool,
-    dry_run: bool, max_hours: float | None, retry_failed: bool,
-) -> None:  # fmt: skip
+    tasks: tuple[str, ...],
+    plan: str,
+    assignments: tuple[str, ...],
+    device: str,
+    workers: int | None,
+    per_device: int | None,
+    executor: str,
+    out: Path,
+    tracking_uri: str | None,
+    no_tracking: bool,
+    log_models: bool,
+    no_figures: bool,
+    dry_run: bool,
+    max_hours: float | None,
+    retry_failed: bool,
+) -> None:
     """Train every mixer of a plan on TASKS and show who learned what.
 
     Runs that are done already are not made again; what was interrupted goes on, as does what failed
@@ -138,33 +154,40 @@ def _dry_run(sweeps: "list[Sweep]", fits: "list[Fit]", out: Path, slots: int) ->
             console.print(
                 f"these choose, on seeds {list(found.choosing)}; then the chosen point of each of "
                 f"{len(of_cell)} cells on seeds {seeds}: {len(more)} runs more",
-                markup=False, highlight=False, soft_wrap=True,
-            )  # fmt: skip
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
     guess = costs.estimate(runs, out, sizes, slots)
     if search := sweeps[0].search:
-        console.print(f"search {search.method}: {search.trials} trials like each of these, "
-                      f"over {', '.join(search.over)}")  # fmt: skip
+        console.print(
+            f"search {search.method}: {search.trials} trials like each of these, over {', '.join(search.over)}"
+        )
         guess = guess._replace(seconds=guess.seconds * search.trials)
     same = f"protocol {sweeps[0].protocol}, precision {runs[0].train.precision}"
     console.print(
         f"{len(runs)} runs, {guess.done} of them done; {same}; "
         f"about {terminal.duration(guess.seconds)} on {slots} workers ({guess.basis})",
-        soft_wrap=True, highlight=False,
-    )  # fmt: skip
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
-def _size_of(
-    run: "RunConfig", found: "Sweep", sizes: dict[str, tuple[int, int]]
-) -> tuple[int, int]:
+def _size_of(run: "RunConfig", found: "Sweep", sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Return the size of a measured run's model: that of the run that chooses beside it."""
     alike = next(r for r in found.runs if (r.mixer, r.condition) == (run.mixer, run.condition))
     return sizes[alike.fingerprint]
 
 
 def _sweep(
-    sweeps: "list[Sweep]", matches: "list[Match]", out: Path, runner: "Executor", told: _Told,
-    max_hours: float | None, retry_failed: bool,
-) -> int:  # fmt: skip
+    sweeps: "list[Sweep]",
+    matches: "list[Match]",
+    out: Path,
+    runner: "Executor",
+    told: _Told,
+    max_hours: float | None,
+    retry_failed: bool,
+) -> int:
     """Make what is missing, mirror it, print the tables; return the exit status."""
     from mad_efla import tracking
     from mad_efla.execution.choosing import decided
@@ -217,9 +240,7 @@ def _sweep(
     return 130 if interrupted else 1 if failed else 0
 
 
-def _make(
-    sweeps: "list[Sweep]", out: Path, runner: "Executor", deadline: float, retry_failed: bool
-) -> None:
+def _make(sweeps: "list[Sweep]", out: Path, runner: "Executor", deadline: float, retry_failed: bool) -> None:
     """Make the runs of sweeps that have no result yet."""
     from mad_efla.execution.costs import Costs
     from mad_efla.execution.queue import Work
@@ -234,16 +255,12 @@ def _make(
     if waiting:
         costs = Costs(runs).read(out)
         with live.Follow(runs, waiting, costs, runner.slots) as follow:
-            runner.perform(
-                Work(waiting, out, costs), watch=follow.update, deadline=deadline,
-                limits=sweeps[0].limits,
-            )  # fmt: skip
+            runner.perform(Work(waiting, out, costs), watch=follow.update, deadline=deadline, limits=sweeps[0].limits)
 
 
 def _explore(
-    found: "Sweep", record: "SweepRecord", out: Path, runner: "Executor", deadline: float,
-    retry_failed: bool,
-) -> None:  # fmt: skip
+    found: "Sweep", record: "SweepRecord", out: Path, runner: "Executor", deadline: float, retry_failed: bool
+) -> None:
     """Make the trials of a sweep that searches."""
     from mad_efla.execution import costs, search
     from mad_efla.execution.local import Local
@@ -251,12 +268,10 @@ def _explore(
 
     if not isinstance(runner, Local):
         raise ConfigError(
-            f"plan {found.plan}: search proposes a trial when a worker of this machine is free; "
-            "use --executor local"
+            f"plan {found.plan}: search proposes a trial when a worker of this machine is free; use --executor local"
         )
     work = search.Explore(found, record, out, costs.Costs([]), retry_failed=retry_failed)
-    with live.Follow(work.runs, list(work.waiting.values()), work.costs, runner.slots,
-                        work.total) as follow:  # fmt: skip
+    with live.Follow(work.runs, list(work.waiting.values()), work.costs, runner.slots, work.total) as follow:
         runner.perform(work, watch=follow.update, deadline=deadline, limits=found.limits)
 
 
@@ -290,9 +305,7 @@ def _record(found: "Sweep", out: Path) -> "SweepRecord":
         about=found.about,
         command=shlex.join(["mad-efla", *sys.argv[1:]]),
         fingerprints=fingerprints,
-        planned=()
-        if found.search
-        else tuple(planned(r, chooses=r.seed in found.choosing) for r in found.runs),
+        planned=() if found.search else tuple(planned(r, chooses=r.seed in found.choosing) for r in found.runs),
         started=known[found.id].started if found.id in known else now(),
         ended=None,
     )
@@ -313,9 +326,7 @@ def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
         choosing = [r for r in found.runs if r.seed in found.choosing]
         measured = [r for r in found.runs if r.seed not in found.choosing]
         shown = cells(of_runs(measured, results, choosing=choosing))
-        title = (
-            f"{found.task}, plan {found.plan}, protocol {found.protocol}; 95 % intervals over seeds"
-        )
+        title = f"{found.task}, plan {found.plan}, protocol {found.protocol}; 95 % intervals over seeds"
         if shown:
             terminal.show(tables.sweep(shown, title))
         absent = [r for r in found.runs if r.fingerprint not in results]

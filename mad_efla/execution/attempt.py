@@ -107,10 +107,13 @@ def _make(
         run = folder.run()
         _check_code(run)
         train(
-            run, folder, device=device, environment=about,
+            run,
+            folder,
+            device=device,
+            environment=about,
             stop=lambda: stop() or bool(meter.passed() or verdict()),
             look=spectrum.training_scalars,
-        )  # fmt: skip
+        )
     except Interrupted as error:
         if reason := verdict():
             folder.fail("pruned", reason, "")

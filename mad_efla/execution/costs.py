@@ -93,9 +93,7 @@ class Costs:
 
         return max(fingerprints, key=cost)
 
-    def left(
-        self, waiting: Iterable[str], under_way: Mapping[str, float], workers: int
-    ) -> float | None:
+    def left(self, waiting: Iterable[str], under_way: Mapping[str, float], workers: int) -> float | None:
         """Return the seconds until all runs have ended; None while nothing has been seen.
 
         Args:
@@ -155,9 +153,7 @@ class Estimate(NamedTuple):
     basis: str
 
 
-def estimate(
-    runs: list[RunConfig], out: Path, sizes: Mapping[str, tuple[int, int]], workers: int
-) -> Estimate:
+def estimate(runs: list[RunConfig], out: Path, sizes: Mapping[str, tuple[int, int]], workers: int) -> Estimate:
     """Estimate the time of the runs that have no result under `out` yet.
 
     Args:

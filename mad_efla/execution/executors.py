@@ -30,9 +30,7 @@ class Executor(Protocol):
     @property
     def slots(self) -> int: ...  # noqa: D102
 
-    def perform(
-        self, work: Work, *, watch: Watch = ..., deadline: float = ..., limits: Limits = ...
-    ) -> None:
+    def perform(self, work: Work, *, watch: Watch = ..., deadline: float = ..., limits: Limits = ...) -> None:
         """Make runs until there is no work left; results and failures are in the folders.
 
         Args:
@@ -48,9 +46,7 @@ class Executor(Protocol):
         ...
 
 
-def choose(
-    name: str, *, device: str = "auto", workers: int | None = None, per_device: int | None = None
-) -> Executor:
+def choose(name: str, *, device: str = "auto", workers: int | None = None, per_device: int | None = None) -> Executor:
     """Make the executor that `--executor` names.
 
     Args:
@@ -74,7 +70,6 @@ def choose(
         made = Local(device, workers, per_device)
     if per_device is not None and made.device != "cuda":
         raise ConfigError(
-            f"--per-device {per_device}: says how many runs share a GPU, and the device is "
-            f"{made.device}; use --workers"
+            f"--per-device {per_device}: says how many runs share a GPU, and the device is {made.device}; use --workers"
         )
     return made

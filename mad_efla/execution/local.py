@@ -26,8 +26,7 @@ class Local:
         self.precision = machine.resolve_precision(self.device)
         if workers is not None and per_device is not None:
             raise ConfigError(
-                f"--workers {workers} --per-device {per_device}: both say how many run at once; "
-                "give one of them"
+                f"--workers {workers} --per-device {per_device}: both say how many run at once; give one of them"
             )
         if workers is None:
             cuda = self.device == "cuda"
@@ -40,18 +39,10 @@ class Local:
         return max(self.workers, 1)
 
     def perform(
-        self,
-        work: Work,
-        *,
-        watch: Watch = lambda events: None,
-        deadline: float = math.inf,
-        limits: Limits = NO_LIMITS,
+        self, work: Work, *, watch: Watch = lambda events: None, deadline: float = math.inf, limits: Limits = NO_LIMITS
     ) -> None:
         """See `Executor`; work may find its runs as it goes on."""
-        pool.perform(
-            work, device=self.device, workers=self.workers, watch=watch, deadline=deadline,
-            limits=limits,
-        )  # fmt: skip
+        pool.perform(work, device=self.device, workers=self.workers, watch=watch, deadline=deadline, limits=limits)
 
 
 def cores() -> int:

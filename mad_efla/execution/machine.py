@@ -77,7 +77,5 @@ def _git_commit() -> str:
 
 
 def _git(folder: Path, *command: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True)
     return done.stdout.strip()

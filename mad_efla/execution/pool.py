@@ -60,9 +60,7 @@ def execute(
         OSError: Nothing can be written any more.
     """
     work = Work(runs, out, costs or Costs(runs))
-    perform(
-        work, device=device, workers=workers, watch=watch, deadline=deadline, limits=limits
-    )  # fmt: skip
+    perform(work, device=device, workers=workers, watch=watch, deadline=deadline, limits=limits)
 
 
 def perform(
@@ -89,9 +87,7 @@ def perform(
 class _Pool:
     """Worker processes that make the runs of a call."""
 
-    def __init__(
-        self, work: Work, workers: int, device: str, about: dict[str, str], limits: Limits
-    ):
+    def __init__(self, work: Work, workers: int, device: str, about: dict[str, str], limits: Limits):
         self._work = work
         self._start = functools.partial(Worker, work.out, device, about, limits)
         self._workers = [self._start() for _ in range(workers)]
@@ -188,12 +184,7 @@ def _how_it_ended(exitcode: int | None) -> str:
 
 
 def _in_this_process(
-    work: Work,
-    device: str,
-    about: dict[str, str],
-    watch: Watch,
-    deadline: float,
-    limits: Limits,
+    work: Work, device: str, about: dict[str, str], watch: Watch, deadline: float, limits: Limits
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -202,9 +193,8 @@ def _in_this_process(
             folder = RunFolder(work.out, run.fingerprint)
             watch([Event(run, "running", folder)])
             attempt(
-                folder, device, about, lambda: time.monotonic() > deadline, limits,
-                functools.partial(work.verdict, run),
-            )  # fmt: skip
+                folder, device, about, lambda: time.monotonic() > deadline, limits, functools.partial(work.verdict, run)
+            )
             watch([work.ended(run)])
             if folder.result() is None and time.monotonic() > deadline:
                 raise OutOfTime

@@ -37,9 +37,7 @@ try:
     from ray._private import worker
     from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 except ImportError:
-    raise ConfigError(
-        "--executor ray: needs the package ray, on every node; pip install 'mad-efla[ray]'"
-    ) from None
+    raise ConfigError("--executor ray: needs the package ray, on every node; pip install 'mad-efla[ray]'") from None
 
 RETRIES = 3  # of a run whose worker or node was lost under it: nodes come and go
 STOP_SECONDS = 60.0  # for what runs to write where it stands
@@ -83,12 +81,7 @@ class Ray:
         return cores
 
     def perform(
-        self,
-        work: Work,
-        *,
-        watch: Watch = lambda events: None,
-        deadline: float = math.inf,
-        limits: Limits = NO_LIMITS,
+        self, work: Work, *, watch: Watch = lambda events: None, deadline: float = math.inf, limits: Limits = NO_LIMITS
     ) -> None:
         """See `Executor`. Of runs on nodes that do not see their folder, only the end is told."""
         out, longest_first = work.out, list(work)
@@ -101,9 +94,13 @@ class Ray:
                         run.fingerprint, str(probe), self.device, limits, _files(folder)
                     )
                 follow(
-                    work, longest_first, watch=watch, deadline=deadline, slots=lambda: self.slots,
+                    work,
+                    longest_first,
+                    watch=watch,
+                    deadline=deadline,
+                    slots=lambda: self.slots,
                     ended=lambda run: _ended(RunFolder(out, run.fingerprint), tasks),
-                )  # fmt: skip
+                )
             finally:
                 _stop(out, tasks)
                 mark_interrupted(work.runs, out)
@@ -120,10 +117,12 @@ def _join(workers: int | None) -> None:
     try:
         _reach(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
-            num_cpus=workers, include_dashboard=False, log_to_driver=False,
+            num_cpus=workers,
+            include_dashboard=False,
+            log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": processes.ENVIRONMENT | chosen},
-        )  # fmt: skip
+        )
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         if isinstance(error, ValueError) and workers is not None:
@@ -213,9 +212,7 @@ def _files(folder: RunFolder) -> Files:
 # ------------------------------------------------------------------ the task's side
 
 
-def _make(
-    fingerprint: str, probe: str, device: str, limits: Limits, carried: Files
-) -> Files | None:
+def _make(fingerprint: str, probe: str, device: str, limits: Limits, carried: Files) -> Files | None:
     """Make one run in a task; return its files if the folder of runs is not seen from here."""
     asked: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))

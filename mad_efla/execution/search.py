@@ -47,10 +47,7 @@ class Explore(Work):
         ConfigError: Optuna is not installed.
     """
 
-    def __init__(
-        self, sweep: Sweep, record: SweepRecord, out: Path, costs: Costs, *,
-        retry_failed: bool = False,
-    ):  # fmt: skip
+    def __init__(self, sweep: Sweep, record: SweepRecord, out: Path, costs: Costs, *, retry_failed: bool = False):
         super().__init__([], out, costs)
         assert sweep.search
         there = tuple(f for f in record.fingerprints if (out / f / "config.json").exists())
@@ -121,14 +118,10 @@ class _Study:
         pruner = self._optuna.pruners.NopPruner()
         if prune:
             run = space.build({f: r.at(0.5) for f, r in space.over.items()})
-            pruner = self._optuna.pruners.HyperbandPruner(
-                min_resource=run.eval_every, max_resource=run.steps
-            )
+            pruner = self._optuna.pruners.HyperbandPruner(min_resource=run.eval_every, max_resource=run.steps)
         # The name decides which trial is in which of Hyperband's brackets.
         name = f"{space.setting} {space.mixer}"
-        self._study = self._optuna.create_study(
-            direction="maximize", pruner=pruner, study_name=name
-        )
+        self._study = self._optuna.create_study(direction="maximize", pruner=pruner, study_name=name)
 
     def propose(self) -> RunConfig | None:
         """Propose a run that was not had before; None if the study has ended."""
@@ -194,9 +187,7 @@ def _optuna() -> ModuleType:
     try:
         import optuna
     except ImportError:
-        raise ConfigError(
-            "search: needs Optuna, which is not installed; pip install 'mad-efla[search]'"
-        ) from None
+        raise ConfigError("search: needs Optuna, which is not installed; pip install 'mad-efla[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -28,9 +28,7 @@ from mad_efla.runs.folder import RunFolder
 try:
     import submitit
 except ImportError:
-    raise ConfigError(
-        "--executor slurm: needs the package submitit; pip install 'mad-efla[slurm]'"
-    ) from None
+    raise ConfigError("--executor slurm: needs the package submitit; pip install 'mad-efla[slurm]'") from None
 
 AT_ONCE = 256  # jobs of the array, unless --workers says otherwise
 QUEUE_SECONDS = 15.0  # between looks at the scheduler's queue
@@ -52,10 +50,7 @@ class Slurm:
 
     def __init__(self, device: str, workers: int | None, per_device: int, cluster: str = "slurm"):
         if cluster == "slurm" and not shutil.which("sbatch"):
-            raise ConfigError(
-                "--executor slurm: there is no sbatch on this machine; call it where jobs are "
-                "submitted"
-            )
+            raise ConfigError("--executor slurm: there is no sbatch on this machine; call it where jobs are submitted")
         if per_device != 1:
             raise ConfigError(
                 f"--per-device {per_device}: a Slurm job has its GPU for itself; use --executor "
@@ -67,20 +62,18 @@ class Slurm:
         self.precision = machine.resolve_precision(self.device) if here else "bfloat16"
 
     def perform(
-        self,
-        work: Work,
-        *,
-        watch: Watch = lambda events: None,
-        deadline: float = math.inf,
-        limits: Limits = NO_LIMITS,
+        self, work: Work, *, watch: Watch = lambda events: None, deadline: float = math.inf, limits: Limits = NO_LIMITS
     ) -> None:
         """See `Executor`; the folder of runs must be seen by all nodes."""
         out, longest_first = work.out, list(work)
         executor = submitit.AutoExecutor(out.resolve() / "slurm", cluster=self.cluster)
         executor.update_parameters(
-            name="mad-efla", timeout_min=24 * 60, slurm_array_parallelism=self.slots,
-            cpus_per_task=1, **({"gpus_per_node": 1} if self.device == "cuda" else {}),
-        )  # fmt: skip
+            name="mad-efla",
+            timeout_min=24 * 60,
+            slurm_array_parallelism=self.slots,
+            cpus_per_task=1,
+            **({"gpus_per_node": 1} if self.device == "cuda" else {}),
+        )
         names = [r.fingerprint for r in longest_first]
         make = _Make(str(out.resolve()), self.device, limits)
         os.environ.update(processes.ENVIRONMENT | os.environ)  # which jobs inherit
@@ -89,11 +82,13 @@ class Slurm:
             queue = _Queue(jobs) if self.cluster == "slurm" else _Processes(jobs)
             try:
                 follow(
-                    work, longest_first, watch=watch, deadline=deadline, slots=lambda: self.slots,
-                    ended=lambda run: _ended(
-                        jobs[run.fingerprint], queue.lost(run), out, run
-                    ),
-                )  # fmt: skip
+                    work,
+                    longest_first,
+                    watch=watch,
+                    deadline=deadline,
+                    slots=lambda: self.slots,
+                    ended=lambda run: _ended(jobs[run.fingerprint], queue.lost(run), out, run),
+                )
             finally:
                 for job in jobs.values():
                     if not job.paths.result_pickle.exists():

@@ -66,9 +66,8 @@ class Worker:
 
 
 def _serve(
-    environment: dict[str, str], pipe: Connection, out: Path, device: str, about: dict[str, str],
-    limits: Limits,
-) -> None:  # fmt: skip
+    environment: dict[str, str], pipe: Connection, out: Path, device: str, about: dict[str, str], limits: Limits
+) -> None:
     """Make runs until the driver has no more, says stop, or is dead."""
     asked: list[int] = []
     pruned: list[str] = []
@@ -93,10 +92,7 @@ def _serve(
             try:
                 with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
                     began = functools.partial(pipe.send, "began")
-                    made = attempt(
-                        folder, device, about, lambda: bool(asked), limits, verdict, began,
-                        wait=False,
-                    )  # fmt: skip
+                    made = attempt(folder, device, about, lambda: bool(asked), limits, verdict, began, wait=False)
                 pipe.send("ended" if made else "elsewhere")
             except OSError as error:  # not even the failure could be written
                 pipe.send(error)

@@ -69,14 +69,7 @@ class ShortConv(nn.Module):
         activation: Applied to the output.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        taps: int,
-        *,
-        bias: bool = False,
-        activation: Literal["silu"] | None = None,
-    ):
+    def __init__(self, channels: int, taps: int, *, bias: bool = False, activation: Literal["silu"] | None = None):
         super().__init__()
         self.channels, self.taps = channels, taps
         self.activation: Literal["silu"] | None = activation
@@ -130,9 +123,7 @@ def head_widths(d_model: int, config: "HeadsConfig") -> tuple[int, int]:
     """
     H = config.heads
     if d_model % H and (config.key_dim is None or config.value_dim is None):
-        raise ValueError(
-            f"heads={H} must divide model.width={d_model}, or give key_dim and value_dim"
-        )
+        raise ValueError(f"heads={H} must divide model.width={d_model}, or give key_dim and value_dim")
     return config.key_dim or d_model // H, config.value_dim or d_model // H
 
 
@@ -143,9 +134,7 @@ def split_heads(
     return [rearrange(part, "... (H Dh) -> ... H Dh", H=heads) for part in x.split(widths, dim=-1)]
 
 
-def turn(
-    x: Float[Tensor, "*axes D"], angle: Float[Tensor, "*angles half"]
-) -> Float[Tensor, "*axes D"]:
+def turn(x: Float[Tensor, "*axes D"], angle: Float[Tensor, "*angles half"]) -> Float[Tensor, "*axes D"]:
     """Turn channels 2i and 2i + 1 by angle_i, in radians; channels beyond the angles stay."""
     turned, rest = x[..., : 2 * angle.shape[-1]], x[..., 2 * angle.shape[-1] :]
     first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)

@@ -61,9 +61,7 @@ class Attention(Mixer):
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Attend over all tokens up to each one, or the last `window` of them."""
         L, window = x.shape[1], self.config.window
-        qkv = rearrange(
-            self.conv(self.qkv(x)), "B L (three H Dh) -> three B H L Dh", three=3, Dh=self.Dh
-        )
+        qkv = rearrange(self.conv(self.qkv(x)), "B L (three H Dh) -> three B H L Dh", three=3, Dh=self.Dh)
         if x.device.type == "cpu":  # in bfloat16 it is 3.5 times slower there, and less exact
             qkv = qkv.to(x.dtype)
         q, k, v = qkv
@@ -111,9 +109,7 @@ class Attention(Mixer):
 
     def dynamics(self, x: Float[Tensor, "B L D"]) -> AttentionTrace:
         """Return what the weights are computed from."""
-        q, k, v = rearrange(
-            self.conv(self.qkv(x)), "B L (three H Dh) -> three B H L Dh", three=3, Dh=self.Dh
-        )
+        q, k, v = rearrange(self.conv(self.qkv(x)), "B L (three H Dh) -> three B H L Dh", three=3, Dh=self.Dh)
         if self.config.rotary:
             angles = self._angles(torch.arange(x.shape[1], device=x.device))
             q, k = _rotate(q, angles), _rotate(k, angles)

@@ -44,26 +44,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mad_efla.mixers import (
-    HeadsConfig,
-    Mixer,
-    RMSNorm,
-    ShortConv,
-    State,
-    head_widths,
-    in_full,
-    step_size_bias,
-)
+from mad_efla.mixers import HeadsConfig, Mixer, RMSNorm, ShortConv, State, head_widths, in_full, step_size_bias
 from mad_efla.mixers._dynamics import Dynamics
-from mad_kernels import (
-    delta_rule,
-    delta_rule_step,
-    dplr,
-    dplr_step,
-    gated_unit_key_form,
-    l2_normalize,
-    unit_key_form,
-)
+from mad_kernels import delta_rule, delta_rule_step, dplr, dplr_step, gated_unit_key_form, l2_normalize, unit_key_form
 
 
 class Parts(NamedTuple):
@@ -109,8 +92,7 @@ class Parts(NamedTuple):
         if log_decay is None:
             log_decay = torch.zeros_like(self.write)
         log_decay, erase = (
-            x if x.ndim == self.key.ndim else x[..., None].expand(self.key.shape)
-            for x in (log_decay, erase)
+            x if x.ndim == self.key.ndim else x[..., None].expand(self.key.shape) for x in (log_decay, erase)
         )
         written = self.key if self.written is None else self.written
         if self.one_key:
@@ -159,8 +141,7 @@ class Delta(Mixer):
         H = config.heads
         if config.decay == "joint" and config.step != "exact":
             raise ValueError(
-                f"decay=joint is one exact flow, not step={config.step}; take step: exact, or "
-                "decay: separate"
+                f"decay=joint is one exact flow, not step={config.step}; take step: exact, or decay: separate"
             )
         self.Dk, self.Dv = head_widths(d_model, config)
         n = config.householders
@@ -240,8 +221,7 @@ class Delta(Mixer):
         """Return q in H heads, k and v in n H, those of the first step first."""
         q, k, v = qkv.split(self.widths, dim=-1)
         return [
-            rearrange(z, "... (H D) -> ... H D", D=width)
-            for z, width in ((q, self.Dk), (k, self.Dk), (v, self.Dv))
+            rearrange(z, "... (H D) -> ... H D", D=width) for z, width in ((q, self.Dk), (k, self.Dk), (v, self.Dv))
         ]
 
     def _parts(self, x: Tensor, qkv: Tensor) -> Parts:

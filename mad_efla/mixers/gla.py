@@ -28,16 +28,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mad_efla.mixers import (
-    HeadsConfig,
-    Mixer,
-    RMSNorm,
-    ShortConv,
-    State,
-    head_widths,
-    in_full,
-    split_heads,
-)
+from mad_efla.mixers import HeadsConfig, Mixer, RMSNorm, ShortConv, State, head_widths, in_full, split_heads
 from mad_efla.mixers._dynamics import Dynamics
 from mad_kernels import dplr, dplr_step
 
@@ -72,8 +63,7 @@ class GLA(Mixer):
         self.widths = (H * self.Dk, H * self.Dk, H * self.Dv)
         self.qkv = nn.Linear(d_model, sum(self.widths), bias=False)
         self.decay = nn.Sequential(
-            nn.Linear(d_model, config.gate_rank, bias=False),
-            nn.Linear(config.gate_rank, H * self.Dk),
+            nn.Linear(d_model, config.gate_rank, bias=False), nn.Linear(config.gate_rank, H * self.Dk)
         )
         self.gate = nn.Linear(d_model, H * self.Dv, bias=False) if config.output_gate else None
         self.out = nn.Linear(H * self.Dv, d_model, bias=False)

@@ -96,9 +96,7 @@ class Hyena(Mixer):
 
     def flops(self, seq_len: int) -> int:
         """Count as every mixer does, less the filter, which is made once for a whole batch."""
-        return super().flops(seq_len) - 2 * sum(
-            p.numel() for p in self.filter.parameters() if p.ndim > 1
-        )
+        return super().flops(seq_len) - 2 * sum(p.numel() for p in self.filter.parameters() if p.ndim > 1)
 
     def mixing_flops(self, seq_len: int) -> int:
         """Count two real Fourier transforms of 2 L numbers, 2.5 n log2 n each, and a product."""

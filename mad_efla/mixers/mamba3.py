@@ -34,16 +34,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mad_efla.mixers import (
-    Mixer,
-    MixerConfig,
-    RMSNorm,
-    ShortConv,
-    State,
-    in_full,
-    step_size_bias,
-    turn,
-)
+from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, ShortConv, State, in_full, step_size_bias, turn
 from mad_efla.mixers._dynamics import Dynamics
 from mad_kernels import delta_rule
 

@@ -25,16 +25,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mad_efla.mixers import (
-    HeadsConfig,
-    Mixer,
-    RMSNorm,
-    ShortConv,
-    State,
-    head_widths,
-    split_heads,
-    turn,
-)
+from mad_efla.mixers import HeadsConfig, Mixer, RMSNorm, ShortConv, State, head_widths, split_heads, turn
 from mad_efla.mixers._dynamics import Dynamics
 from mad_kernels import delta_rule, delta_rule_step
 

@@ -66,18 +66,13 @@ class RWKV7(Mixer):
         super().__init__(d_model, config)
         D, H = d_model, config.heads
         if D % H or D == H:
-            raise ValueError(
-                f"heads={H} must divide model.width={D} into heads of 2 channels or more; "
-                f"change heads"
-            )
+            raise ValueError(f"heads={H} must divide model.width={D} into heads of 2 channels or more; change heads")
         self.Dk = D // H
         place = torch.arange(D) / D
         slope = torch.arange(D) / (D - 1) - 0.5
         bend = torch.linspace(-1, 1, self.Dk).repeat(H)  # across each head
         bend = bend * bend.abs()
-        self.mix = nn.ParameterDict(
-            {c: nn.Parameter(1 - place**power) for c, power in _MIX.items() if config.conv}
-        )
+        self.mix = nn.ParameterDict({c: nn.Parameter(1 - place**power) for c, power in _MIX.items() if config.conv})
         self.r, self.k, self.v, self.out = (_linear(D, s) for s in (0.5, 0.05, 0.5, 0.5))
         decay, rate = 6 * slope - 2.5 + 2.5 * bend, 0.4 * slope - 0.19 + 0.3 * bend
         self.decay = _LowRank(D, config.decay_rank or _rank(2.5, D), nn.Tanh(), decay)

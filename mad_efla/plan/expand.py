@@ -163,9 +163,7 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
     runs: dict[str, RunConfig] = {}
     spaces: list[Space] = []
     ends: list[RunConfig] = []
-    over = (
-        {f: r for f, r in parsed.search.over.items() if f not in settled} if parsed.search else {}
-    )
+    over = {f: r for f, r in parsed.search.over.items() if f not in settled} if parsed.search else {}
     for label, setting in _settings(parsed, plan_document, task_document, str(name)):
         for (index, entry), found in zip(enumerate(parsed.mixers), points, strict=True):
             for point, (path, seed) in itertools.product(found, seeds):
@@ -175,9 +173,7 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
                 cell = config.merge(base, setting, *parts)
                 if parsed.search:
                     place = plan_document.place(("search", "over"))
-                    builder = functools.partial(
-                        _build_point, cell, place, run_sets, label, protocol, precision
-                    )
+                    builder = functools.partial(_build_point, cell, place, run_sets, label, protocol, precision)
                     spaces.append(Space(label, names[index], over, builder))
                     marks = [{f: r.at(u) for f, r in over.items()} for u in (0.5, 0.0, 1 - 1e-9)]
                     run, *others = [builder(mark) for mark in marks]
@@ -193,15 +189,24 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
                 if len(runs) > MAX_RUNS:
                     raise ConfigError(f"{plan_file}: more than {MAX_RUNS} runs; split the plan")
     return Sweep(
-        str(name), plan_file.stem, protocol, list(runs.values()), parsed.limits, parsed.search,
-        parsed.prune, spaces, parsed.about, parsed.match, ends, plan_document.place(("mixers",)),
-        choosing, measured,
-    )  # fmt: skip
+        str(name),
+        plan_file.stem,
+        protocol,
+        list(runs.values()),
+        parsed.limits,
+        parsed.search,
+        parsed.prune,
+        spaces,
+        parsed.about,
+        parsed.match,
+        ends,
+        plan_document.place(("mixers",)),
+        choosing,
+        measured,
+    )
 
 
-def _choosing(
-    plan: Plan, document: Document, points: list[list[tuple[Document, ...]]]
-) -> list[int]:
+def _choosing(plan: Plan, document: Document, points: list[list[tuple[Document, ...]]]) -> list[int]:
     """Return the seeds that choose; none where there is no grid, or `--set` has settled it."""
     if plan.choose is None:
         return []
@@ -217,9 +222,8 @@ def _choosing(
 
 
 def _build_point(
-    cell: Document, place: str, sets: list[Document], label: str, protocol: str, precision: str,
-    point: dict[str, Any],
-) -> RunConfig:  # fmt: skip
+    cell: Document, place: str, sets: list[Document], label: str, protocol: str, precision: str, point: dict[str, Any]
+) -> RunConfig:
     found = config.merge(cell, config.from_paths(point, place), *sets)
     return build(_resolve(found, label, protocol, precision))
 
@@ -281,8 +285,7 @@ def choose(found: list[Setting], which: str) -> list[Setting]:
     if which.isdecimal() and int(which) < len(found):
         return [found[int(which)]]
     raise ConfigError(
-        f"--setting {which}: must be all, 0 to {len(found) - 1}, or a label"
-        + config.suggest(which, labels)
+        f"--setting {which}: must be all, 0 to {len(found) - 1}, or a label" + config.suggest(which, labels)
     )
 
 
@@ -292,11 +295,7 @@ def differences(runs: list[RunConfig]) -> dict[str, list[Any]]:
     names = list(dict.fromkeys(name for f in flat for name in f))
     columns = {name: [f.get(name) for f in flat] for name in names}
     shown = {"train.steps", "train.epochs"}  # the steps of the whole budget are shown anyway
-    return {
-        name: values
-        for name, values in columns.items()
-        if name not in shown and len(set(map(str, values))) > 1
-    }
+    return {name: values for name, values in columns.items() if name not in shown and len(set(map(str, values))) > 1}
 
 
 def flatten(run: RunConfig) -> dict[str, Any]:
@@ -360,9 +359,7 @@ def _protocol(plan: Plan, document: Document, names: list[str]) -> Protocol:
     return "unmatched"
 
 
-def _settings(
-    parsed: Plan, plan: Document, task: Document, name: str
-) -> list[tuple[str, Document]]:
+def _settings(parsed: Plan, plan: Document, task: Document, name: str) -> list[tuple[str, Document]]:
     empty = Document({}, {}, task.name)
     if isinstance(parsed.settings, dict):
         if name not in parsed.settings:

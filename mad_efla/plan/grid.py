@@ -91,8 +91,7 @@ class Sample(Section):
         else:
             quantiles = np.random.default_rng(self.seed).random((self.count, len(self.over)))
         return [
-            {field: r.at(float(u)) for (field, r), u in zip(self.over.items(), row, strict=True)}
-            for row in quantiles
+            {field: r.at(float(u)) for (field, r), u in zip(self.over.items(), row, strict=True)} for row in quantiles
         ]
 
 
@@ -148,9 +147,7 @@ def check(plan: Points, document: Document, mixers: list[str]) -> None:
         ConfigError: With the place and the cure.
     """
     if plan.prune and not plan.search:
-        raise ConfigError(
-            f"{document.place(('prune',))}: prune={plan.prune} ends trials; it needs a search"
-        )
+        raise ConfigError(f"{document.place(('prune',))}: prune={plan.prune} ends trials; it needs a search")
     varied = [kind for kind, fields in _fields(plan) if fields and kind != "search"]
     if plan.search and varied:
         raise ConfigError(
@@ -162,9 +159,7 @@ def check(plan: Points, document: Document, mixers: list[str]) -> None:
         for field in fields:
             place = document.place((kind, field))
             if field in seen:
-                raise ConfigError(
-                    f"{place}: {field} is varied in {seen[field]} and in {kind}; leave one of them"
-                )
+                raise ConfigError(f"{place}: {field} is varied in {seen[field]} and in {kind}; leave one of them")
             seen[field] = kind
     axes = [("grid", f, v) for f, v in plan.grid.items()]
     axes += [("zip", f, v) for f, v in plan.zip.items()]
@@ -174,9 +169,7 @@ def check(plan: Points, document: Document, mixers: list[str]) -> None:
             raise ConfigError(f"{place}: {kind}.{field}=[] must list at least one value")
     lengths = {field: len(values) for field, values in plan.zip.items()}
     if len(set(lengths.values())) > 1:
-        raise ConfigError(
-            f"{document.place(('zip',))}: zip must have equally many values, {lengths}"
-        )
+        raise ConfigError(f"{document.place(('zip',))}: zip must have equally many values, {lengths}")
     if plan.per_mixer and not plan.unmatched:
         raise ConfigError(
             f"{document.place(('per_mixer',))}: per_mixer gives mixers grids of their own, and "
@@ -194,9 +187,7 @@ def check(plan: Points, document: Document, mixers: list[str]) -> None:
                 )
 
 
-def points(
-    plan: Points, document: Document, mixer: str, settled: set[str]
-) -> list[tuple[Document, ...]]:
+def points(plan: Points, document: Document, mixer: str, settled: set[str]) -> list[tuple[Document, ...]]:
     """Return the points of one mixer, as overrides to be laid over a run.
 
     Args:
@@ -214,10 +205,7 @@ def points(
     zipped = {f: v for f, v in plan.zip.items() if f not in settled}
     drawn = plan.sample.draw() if plan.sample else []
     for kind, rows in (
-        (
-            "zip",
-            [dict(zip(zipped, row, strict=True)) for row in zip(*zipped.values(), strict=True)],
-        ),
+        ("zip", [dict(zip(zipped, row, strict=True)) for row in zip(*zipped.values(), strict=True)]),
         ("cells", plan.cells),
         ("sample", drawn),
     ):

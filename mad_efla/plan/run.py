@@ -11,16 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, model_validator
 
 from mad_efla import plugins
-from mad_efla.config import (
-    ConfigError,
-    Document,
-    Section,
-    canonical_json,
-    digest,
-    dotted,
-    suggest,
-    validate,
-)
+from mad_efla.config import ConfigError, Document, Section, canonical_json, digest, dotted, suggest, validate
 from mad_efla.mixers import MixerConfig
 from mad_efla.tasks import Task
 
@@ -164,13 +155,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError(
-                f"steps={self.steps} and train.epochs={self.epochs}: give exactly one of them"
-            )
+            raise ValueError(f"steps={self.steps} and train.epochs={self.epochs}: give exactly one of them")
         if self.stop_at is not None and self.select_split == "none":
-            raise ValueError(
-                f"stop_at={self.stop_at} needs a split to look at; set train.select_split"
-            )
+            raise ValueError(f"stop_at={self.stop_at} needs a split to look at; set train.select_split")
         return self
 
 
@@ -255,9 +242,7 @@ class RunConfig(Section):
         """Digest of what makes runs alike: protocol, task, data, model and budget as they are."""
         parts = [getattr(self, s).model_dump() for s in ("task", "data", "model", "train")]
         task = self.code.get(self.task.name, "")
-        return digest(
-            canonical_json([self.numbers, self.protocol, self.task_version, task, *parts])
-        )
+        return digest(canonical_json([self.numbers, self.protocol, self.task_version, task, *parts]))
 
     @property
     def mixer_code(self) -> str:
@@ -303,9 +288,7 @@ def mixer_label(config: MixerConfig) -> str:
     """Name a mixer and the fields in which it departs from its defaults."""
     fields = type(config).model_fields
     changed = [
-        f"{key}={value}"
-        for key, value in config.model_dump().items()
-        if key != "name" and value != fields[key].default
+        f"{key}={value}" for key, value in config.model_dump().items() if key != "name" and value != fields[key].default
     ]
     return config.name + (f"({', '.join(changed)})" if changed else "")
 

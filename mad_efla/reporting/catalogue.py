@@ -55,9 +55,7 @@ def costs(at: Iterable[str]) -> Table:
         if field not in sizes:
             raise ConfigError(f"--at {text}: {field}: unknown{suggest(field, list(sizes))}")
         if type(value) is not int or value < 1:
-            raise ConfigError(
-                f"--at {text}: {field}={value!r} must be a whole number of at least 1"
-            )
+            raise ConfigError(f"--at {text}: {field}={value!r} must be a whole number of at least 1")
         sizes[field] = value
     title = f"one mixer layer at width {sizes['width']}, length {sizes['seq_len']}"
     found = Table("name", title=title, title_justify="left")

@@ -36,9 +36,7 @@ def draw(out: Path, records: list[SweepRecord]) -> Iterator[str]:
         pipe.close()
 
 
-def _draw(
-    environment: dict[str, str], pipe: Connection, out: Path, records: list[SweepRecord]
-) -> None:
+def _draw(environment: dict[str, str], pipe: Connection, out: Path, records: list[SweepRecord]) -> None:
     processes.begin(environment, signal.SIG_DFL)
     from mad_efla.reporting.figures import artifacts
 

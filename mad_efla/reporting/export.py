@@ -23,19 +23,25 @@ def as_json(boards: list[Leaderboard]) -> str:
 def _cell(cell: Cell) -> dict[str, object]:
     accuracy = cell.accuracy
     return {
-        "task": cell.task, "setting": cell.setting, "mixer": cell.mixer, "point": cell.point,
-        "seeds": cell.seeds, "values": list(cell.values().values()),
+        "task": cell.task,
+        "setting": cell.setting,
+        "mixer": cell.mixer,
+        "point": cell.point,
+        "seeds": cell.seeds,
+        "values": list(cell.values().values()),
         "accuracy": accuracy._asdict() if accuracy else None,
-        "macro_accuracy": cell.macro_accuracy, "sequence_accuracy": cell.sequence_accuracy,
-        "loss": cell.loss, "missing": cell.missing, "note": cell.note,
+        "macro_accuracy": cell.macro_accuracy,
+        "sequence_accuracy": cell.sequence_accuracy,
+        "loss": cell.loss,
+        "missing": cell.missing,
+        "note": cell.note,
         "runs": [run.fingerprint for run in cell.runs],
-    }  # fmt: skip
+    }
 
 
 def as_csv(boards: list[Leaderboard]) -> str:
     """Write one row per task and mixer, plan and protocol in front."""
-    return "".join(renderers.csv_rows(tables.scores(board), heads=not i)
-                   for i, board in enumerate(boards))  # fmt: skip
+    return "".join(renderers.csv_rows(tables.scores(board), heads=not i) for i, board in enumerate(boards))
 
 
 def as_latex(boards: list[Leaderboard]) -> str:

@@ -28,9 +28,8 @@ class Follow:
     """
 
     def __init__(
-        self, runs: list[RunConfig], waiting: list[RunConfig], costs: Costs, workers: int,
-        total: int | None = None,
-    ):  # fmt: skip
+        self, runs: list[RunConfig], waiting: list[RunConfig], costs: Costs, workers: int, total: int | None = None
+    ):
         self.console = stderr()
         self.costs, self.workers = costs, workers
         self.waiting = {r.fingerprint for r in waiting}

@@ -15,33 +15,41 @@ from mad_efla.reporting.table import Table, text
 
 _NARROW, _WIDE = 10, 32  # letters: of a heading's line at least, of a value that is not broken
 _LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
-    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
 
 
 def cells(table: Table) -> list[list[str]]:
     """Write every value of a table."""
-    return [
-        [text(value, column.form) for value, column in zip(row, table.columns, strict=True)]
-        for row in table.rows
-    ]
+    return [[text(value, column.form) for value, column in zip(row, table.columns, strict=True)] for row in table.rows]
 
 
 def terminal(table: Table) -> rich.table.Table:
     """Lay a table out for a terminal."""
     note = table.note or None
     drawn = rich.table.Table(
-        title=table.title or None, title_justify="left", title_style="bold", caption=note,
-        caption_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-    )  # fmt: skip
+        title=table.title or None,
+        title_justify="left",
+        title_style="bold",
+        caption=note,
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     written = cells(table)
     for x, column in enumerate(table.columns):
         left = column.form == "text"
         widest = max((len(row[x]) for row in written), default=0)
-        heading = "\n".join(
-            textwrap.wrap(column.name, max(widest, _NARROW), break_long_words=False)
-        )
+        heading = "\n".join(textwrap.wrap(column.name, max(widest, _NARROW), break_long_words=False))
         drawn.add_column(heading, justify="left" if left else "right", no_wrap=widest <= _WIDE)
     before = None
     for y, row in enumerate(written):
@@ -61,9 +69,7 @@ def markdown(table: Table) -> str:
     lines = [[column.name for column in table.columns], ["---"] * len(table.columns)]
     for y, row in enumerate(cells(table)):
         lines.append([f"**{w}**" if (y, x) in table.best else w for x, w in enumerate(row)])
-    body = "\n".join(
-        "| " + " | ".join(w.replace("|", r"\|") for w in line) + " |" for line in lines
-    )
+    body = "\n".join("| " + " | ".join(w.replace("|", r"\|") for w in line) + " |" for line in lines)
     if table.folded:
         return f"<details><summary>{table.title}</summary>\n\n{body}\n\n</details>"
     return "\n\n".join(filter(None, [table.title, body, table.note]))
@@ -126,8 +132,7 @@ def csv_rows(table: Table, *, heads: bool = True) -> str:
         heads: Begin with a row of the columns' names.
     """
     wide = [
-        column.form in ("share", "points")
-        and any(isinstance(row[x], Interval) for row in table.rows)
+        column.form in ("share", "points") and any(isinstance(row[x], Interval) for row in table.rows)
         for x, column in enumerate(table.columns)
     ]
     out = io.StringIO()

@@ -41,9 +41,15 @@ from mad_efla.runs.schema import Result
 _PHONE = 3.6  # inches
 _EVALUATIONS = 60  # points of a learning curve drawn at most
 _FIELDS = (
-    "optim.schedule", "optim.lr", "optim.weight_decay", "train.batch_size", "train.loss",
-    "train.select_split", "train.stop_at", "train.precision",
-)  # fmt: skip
+    "optim.schedule",
+    "optim.lr",
+    "optim.weight_decay",
+    "train.batch_size",
+    "train.loss",
+    "train.select_split",
+    "train.stop_at",
+    "train.precision",
+)
 _SETTINGS = (
     "Test accuracy by setting in percent, the highest of each in bold; Student's intervals over "
     "seeds, a diverged run counts as zero."
@@ -206,17 +212,21 @@ def _scores(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     blocks: list[Picture | Table] = []
     if len(averages) > 1:
         over = "mean over tasks" if several else next(iter(part.by_task()))
-        blocks.append(pictures.draw(
-            "scores", "Mean test accuracy and its 95 % interval over seeds, the highest first.",
-            lambda width: sweeps.rows(averages, x_label=f"test accuracy, {over}, %", width=width),
-        ))  # fmt: skip
+        blocks.append(
+            pictures.draw(
+                "scores",
+                "Mean test accuracy and its 95 % interval over seeds, the highest first.",
+                lambda width: sweeps.rows(averages, x_label=f"test accuracy, {over}, %", width=width),
+            )
+        )
     blocks.append(tables.mixers(board))
     if several:
         heat = {(t.mixer, t.task): t.accuracy for t in board.tasks if t.accuracy}
-        blocks.append(pictures.draw(
-            "mixers-by-tasks", "The same, mixers by tasks.",
-            lambda width: sweeps.heat_map(heat, width=width),
-        ))  # fmt: skip
+        blocks.append(
+            pictures.draw(
+                "mixers-by-tasks", "The same, mixers by tasks.", lambda width: sweeps.heat_map(heat, width=width)
+            )
+        )
     return blocks
 
 
@@ -226,8 +236,7 @@ def _settings(part: _Part) -> list[Picture | Table]:
         table = tables.settings(part.board, task)
         blocks.append(replace(table, title=task, columns=[Column(task), *table.columns[1:]]))
     title = "What was chosen, sizes and times"
-    found = [replace(tables.sweep(own), title=f"{title}: {task}", folded=True)
-             for task, own in part.by_task().items()]  # fmt: skip
+    found = [replace(tables.sweep(own), title=f"{title}: {task}", folded=True) for task, own in part.by_task().items()]
     return [*blocks, *found]
 
 
@@ -244,12 +253,14 @@ def _corruption(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
         for i, names in enumerate(groups):
             drawn = [arm for arm in own if arm.mixer in names]
             where = f"{task}, {setting}" + (f", part {i + 1} of {len(groups)}" * (len(groups) > 1))
-            blocks.append(pictures.draw(
-                f"corruption-{task}-{setting}-{i}",
-                f"{where}: test accuracy over the severity of each corruption, means over seeds "
-                "and 95 % intervals; weights and learning rate chosen on clean validation data.",
-                lambda width, drawn=drawn: corrupted.curves(drawn, width=width),
-            ))  # fmt: skip
+            blocks.append(
+                pictures.draw(
+                    f"corruption-{task}-{setting}-{i}",
+                    f"{where}: test accuracy over the severity of each corruption, means over seeds "
+                    "and 95 % intervals; weights and learning rate chosen on clean validation data.",
+                    lambda width, drawn=drawn: corrupted.curves(drawn, width=width),
+                )
+            )
     if found:
         blocks += tables.corruption(found)
     return blocks
@@ -272,15 +283,17 @@ def _difficulty(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
         f"intervals over seeds{_single(part)}.{_left_out(part)}"
     )
     return _by_task(
-        "difficulty", caption, found, pictures,
-        lambda panels, width: sweeps.curves(panels, part.names, width=width),
-    )  # fmt: skip
+        "difficulty", caption, found, pictures, lambda panels, width: sweeps.curves(panels, part.names, width=width)
+    )
 
 
 def _by_task(
-    name: str, caption: str, panels: dict[str, list[Panel]], pictures: "_Pictures",
+    name: str,
+    caption: str,
+    panels: dict[str, list[Panel]],
+    pictures: "_Pictures",
     draw: Callable[[list[Panel], float], Figure],
-) -> list[Picture | Table]:  # fmt: skip
+) -> list[Picture | Table]:
     """Draw the panels of all tasks in one figure if they are few, else in one for each task."""
     together = [
         panel._replace(title=": ".join(filter(None, (task, panel.title))))
@@ -292,9 +305,7 @@ def _by_task(
     if len(together) <= _PANELS:
         return [pictures.draw(name, caption, lambda width: draw(together, width))]
     return [
-        pictures.draw(
-            f"{name}-{task}", f"{task}. {caption}", lambda width, own=own: draw(own, width)
-        )
+        pictures.draw(f"{name}-{task}", f"{task}. {caption}", lambda width, own=own: draw(own, width))
         for task, own in panels.items()
     ]
 
@@ -349,11 +360,14 @@ def _learning(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
         f"{_left_out(part)}"
     )
     return _by_task(
-        "learning", caption, found, pictures,
+        "learning",
+        caption,
+        found,
+        pictures,
         lambda panels, width: sweeps.curves(
             panels, part.names, marks=False, y_label="validation accuracy, %", width=width
         ),
-    )  # fmt: skip
+    )
 
 
 def _curve(line: Cell, part: _Part) -> Curve | None:
@@ -373,8 +387,7 @@ def _curve(line: Cell, part: _Part) -> Curve | None:
     steps = sorted({step for track in tracks for step in track if step >= first})
     every = math.ceil(len(steps) / _EVALUATIONS)
     steps = steps[::-1][::every][::-1]
-    means = [interval([track[max(s for s in track if s <= at)] for track in tracks])
-             for at in steps]  # fmt: skip
+    means = [interval([track[max(s for s in track if s <= at)] for track in tracks]) for at in steps]
     return Curve(line.mixer, [float(step) for step in steps], means)
 
 
@@ -395,16 +408,11 @@ def _memory(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
         "windows of convolutions included; attention's grow with the sequence, and a bar across "
         f"spans the settings.{_left_out(part)}"
     )
-    return [pictures.draw(
-        "memory", caption, lambda width: sweeps.memory(panels, part.names, width=width)
-    )]  # fmt: skip
+    return [pictures.draw("memory", caption, lambda width: sweeps.memory(panels, part.names, width=width))]
 
 
 def _learning_rate(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
-    by_rate = {
-        rate: leaderboard(_at_rate(part.group, rate)).tasks
-        for rate in sorted({r.optim.lr for r in part.runs})
-    }
+    by_rate = {rate: leaderboard(_at_rate(part.group, rate)).tasks for rate in sorted({r.optim.lr for r in part.runs})}
     panels = []
     for task in part.by_task():
         found = []
@@ -425,9 +433,7 @@ def _learning_rate(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
         "Test accuracy at each learning rate, mean over settings; what else the grid varies is "
         f"chosen on validation. A diverged run counts as zero.{_left_out(part)}"
     )
-    return [pictures.draw(
-        "learning-rate", caption, lambda width: sweeps.curves(panels, part.names, width=width)
-    )]  # fmt: skip
+    return [pictures.draw("learning-rate", caption, lambda width: sweeps.curves(panels, part.names, width=width))]
 
 
 def _at_rate(group: Group, rate: float) -> Group:
@@ -453,26 +459,20 @@ def _differences(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
         drawn = [p for p in pairs if first in (p.first, p.second)][: 2 * _PAIRS]
         what = f" Drawn are those to {first}; the table has all."
     shown = {f"{p.first} - {p.second}": p.difference.mean for p in drawn}
-    caption = (
-        f"Means of the differences, in points of accuracy, on the same settings and seeds.{what}"
-    )
+    caption = f"Means of the differences, in points of accuracy, on the same settings and seeds.{what}"
     return [
         pictures.draw(
-            "differences", caption,
-            lambda width: sweeps.rows(
-                shown, x_label="difference, points", around="zero", width=width
-            ),
+            "differences",
+            caption,
+            lambda width: sweeps.rows(shown, x_label="difference, points", around="zero", width=width),
         ),
         tables.pairs(part.board),
-    ]  # fmt: skip
+    ]
 
 
 def _spectra(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
     """Draw the best run of each mixer where the mixers' scores lie farthest apart."""
-    chosen = max(
-        ((_apart(own), task, own) for task, own in _by_setting(part)),
-        key=lambda item: item[0], default=None,
-    )  # fmt: skip
+    chosen = max(((_apart(own), task, own) for task, own in _by_setting(part)), key=lambda item: item[0], default=None)
     if chosen is None:
         return []
     _, task, lines = chosen
@@ -518,12 +518,8 @@ def _failures(part: _Part) -> list[Picture | Table]:
         else:
             waiting[run.mixer] = waiting.get(run.mixer, 0) + (result is None)
             continue
-        rows.append([
-            status, run.task.name, run.setting, run.mixer, run.optim.lr, run.seed,
-            run.fingerprint, why,
-        ])  # fmt: skip
-    rows += [["unreadable", "", "", "", None, None, u.path.name, u.reason]
-             for u in part.group.unreadable]  # fmt: skip
+        rows.append([status, run.task.name, run.setting, run.mixer, run.optim.lr, run.seed, run.fingerprint, why])
+    rows += [["unreadable", "", "", "", None, None, u.path.name, u.reason] for u in part.group.unreadable]
     blocks: list[Picture | Table] = []
     if rows:
         rows.sort(key=lambda row: row[0] != "failed")
@@ -561,9 +557,7 @@ def _day(milliseconds: int) -> str:
 
 
 def _distinct(values: Iterable[Any]) -> list[str]:
-    return [
-        str(v) for v in sorted(set(values), key=lambda v: (str(type(v)), 0 if v is None else v))
-    ]
+    return [str(v) for v in sorted(set(values), key=lambda v: (str(type(v)), 0 if v is None else v))]
 
 
 # ------------------------------------------------------------------ pictures

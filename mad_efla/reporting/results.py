@@ -20,9 +20,15 @@ from mad_efla.runs.read import Group, load
 
 _PLACES = ("--out", "--tracking-uri", "--data-dir")  # options that name places of a machine
 _FIELDS = (
-    "optim.schedule", "optim.lr", "optim.weight_decay", "train.batch_size", "train.loss",
-    "train.select_split", "train.stop_at", "train.precision",
-)  # fmt: skip
+    "optim.schedule",
+    "optim.lr",
+    "optim.weight_decay",
+    "train.batch_size",
+    "train.loss",
+    "train.select_split",
+    "train.stop_at",
+    "train.precision",
+)
 _HEAD = """# Results
 
 Sections are written by `mad-efla results`, from run files; edit nothing in them. Accuracies are per

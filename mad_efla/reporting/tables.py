@@ -17,9 +17,18 @@ if TYPE_CHECKING:  # a second of scipy that a sweep does without
 
 _MOST_ROWS = 100  # of runs one by one
 _ACCOUNTED = (
-    "accuracy", "lambda_mean", "beta_mean", "x_mean", "erase_mean", "wiped", "saturated",
-    "state_log_norm_max", "state_effective_rank", "keys_square_cosine", "gain_noise",
-)  # fmt: skip
+    "accuracy",
+    "lambda_mean",
+    "beta_mean",
+    "x_mean",
+    "erase_mean",
+    "wiped",
+    "saturated",
+    "state_log_norm_max",
+    "state_effective_rank",
+    "keys_square_cosine",
+    "gain_noise",
+)
 
 
 # ------------------------------------------------------------------ scores
@@ -28,21 +37,40 @@ _ACCOUNTED = (
 def sweep(found: "Sequence[Cell]", title: str = "") -> Table:
     """A row per cell: what a sweep's end, its page in MLflow and a report show of it."""
     columns = [
-        Column("setting"), Column("mixer"), Column("test accuracy %", "share"),
-        Column("seeds", "count"), Column("least, largest"), Column("per class %", "share"),
-        Column("per sequence %", "share"), Column("loss", "loss"), Column("parameters", "count"),
-        Column("state", "count"), Column("steps to 90 %", "count"), Column("seconds", "seconds"),
-        Column("chosen"), Column("note"),
-    ]  # fmt: skip
+        Column("setting"),
+        Column("mixer"),
+        Column("test accuracy %", "share"),
+        Column("seeds", "count"),
+        Column("least, largest"),
+        Column("per class %", "share"),
+        Column("per sequence %", "share"),
+        Column("loss", "loss"),
+        Column("parameters", "count"),
+        Column("state", "count"),
+        Column("steps to 90 %", "count"),
+        Column("seconds", "seconds"),
+        Column("chosen"),
+        Column("note"),
+    ]
     rows: list[list[Value]] = [
         [
-            cell.setting, cell.mixer, cell.accuracy or "diverged", len(cell.seeds), _range(cell),
-            cell.macro_accuracy, cell.sequence_accuracy, cell.loss, cell.parameters,
-            cell.state_size, _steps(cell.steps_to_90), cell.seconds, point(cell.point),
+            cell.setting,
+            cell.mixer,
+            cell.accuracy or "diverged",
+            len(cell.seeds),
+            _range(cell),
+            cell.macro_accuracy,
+            cell.sequence_accuracy,
+            cell.loss,
+            cell.parameters,
+            cell.state_size,
+            _steps(cell.steps_to_90),
+            cell.seconds,
+            point(cell.point),
             _notes(cell.missing, cell.note),
         ]
         for cell in found
-    ]  # fmt: skip
+    ]
     return _without_empty(Table(columns, rows, title, grouped=True))
 
 
@@ -67,9 +95,7 @@ def _notes(*parts: str) -> str:
 def _without_empty(table: Table) -> Table:
     """Leave out columns that say nothing in any row."""
     kept = [
-        x
-        for x in range(len(table.columns))
-        if not table.rows or any(row[x] not in ("", None) for row in table.rows)
+        x for x in range(len(table.columns)) if not table.rows or any(row[x] not in ("", None) for row in table.rows)
     ]
     columns = [table.columns[x] for x in kept]
     rows = [[row[x] for x in kept] for row in table.rows]
@@ -87,18 +113,20 @@ def mixers(board: "Leaderboard") -> Table:
     rows: list[list[Value]] = []
     for mixer in board.mixers:
         own = [scores.get((mixer.mixer, task)) for task in tasks]
-        missing = [f"{t.task}: {t.missing}" if several else t.missing
-                   for t in own if t and t.missing]  # fmt: skip
+        missing = [f"{t.task}: {t.missing}" if several else t.missing for t in own if t and t.missing]
         notes = dict.fromkeys(t.note for t in own if t and t.note)
         rank = "-" if mixer.rank is None else mixer.rank
         means = [t.accuracy if t else None for t in own]
-        rows.append(
-            [rank, mixer.mixer, *means, *[mixer.average] * several, _notes(*missing, *notes)]
-        )
+        rows.append([rank, mixer.mixer, *means, *[mixer.average] * several, _notes(*missing, *notes)])
     shown = [x for x, column in enumerate(columns) if column.form == "share"]
-    return _without_empty(Table(columns, rows, best=_best(rows, shown), note=" ".join(
-        f"{note[0].upper()}{note[1:]}." for note in board.notes
-    )))  # fmt: skip
+    return _without_empty(
+        Table(
+            columns,
+            rows,
+            best=_best(rows, shown),
+            note=" ".join(f"{note[0].upper()}{note[1:]}." for note in board.notes),
+        )
+    )
 
 
 def _best(rows: list[list[Value]], columns: Iterable[int]) -> set[tuple[int, int]]:
@@ -111,11 +139,17 @@ def _best(rows: list[list[Value]], columns: Iterable[int]) -> set[tuple[int, int
 
 
 _TASKS = (
-    Column("task"), Column("mixer"), Column("accuracy %", "share"), Column("per class %", "share"),
-    Column("per sequence %", "share"), Column("of what can be known %", "share"),
-    Column("best on test %", "share"), Column("settings", "count"), Column("seeds", "count"),
+    Column("task"),
+    Column("mixer"),
+    Column("accuracy %", "share"),
+    Column("per class %", "share"),
+    Column("per sequence %", "share"),
+    Column("of what can be known %", "share"),
+    Column("best on test %", "share"),
+    Column("settings", "count"),
+    Column("seeds", "count"),
     Column("note"),
-)  # fmt: skip
+)
 
 
 def tasks(board: "Leaderboard") -> Table:
@@ -123,13 +157,19 @@ def tasks(board: "Leaderboard") -> Table:
     order = list(dict.fromkeys(t.task for t in board.tasks))
     rows: list[list[Value]] = [
         [
-            t.task, t.mixer, t.accuracy or "diverged", t.macro_accuracy, t.sequence_accuracy,
-            t.of_ceiling, t.best_on_test, t.settings, t.seeds, _notes(t.missing, t.note),
+            t.task,
+            t.mixer,
+            t.accuracy or "diverged",
+            t.macro_accuracy,
+            t.sequence_accuracy,
+            t.of_ceiling,
+            t.best_on_test,
+            t.settings,
+            t.seeds,
+            _notes(t.missing, t.note),
         ]
-        for t in sorted(
-            board.tasks, key=lambda t: (order.index(t.task), -(t.accuracy or (-1.0,))[0])
-        )
-    ]  # fmt: skip
+        for t in sorted(board.tasks, key=lambda t: (order.index(t.task), -(t.accuracy or (-1.0,))[0]))
+    ]
     title = f"plan {board.plan}, protocol {board.protocol}" if board.plan else board.protocol
     return Table(_TASKS, rows, title, grouped=True)
 
@@ -149,20 +189,32 @@ def scores(board: "Leaderboard") -> Table:
 def pairs(board: "Leaderboard") -> Table:
     """Differences of mixers, and both answers to whether they mean something."""
     columns = [
-        Column("first minus second"), Column("points", "points"), Column("p, other seeds", "p"),
-        Column("corrected p", "p"), Column("settings won, lost, open"),
-        Column("p, settings agree", "p"), Column("differ?"), Column("note"),
-    ]  # fmt: skip
+        Column("first minus second"),
+        Column("points", "points"),
+        Column("p, other seeds", "p"),
+        Column("corrected p", "p"),
+        Column("settings won, lost, open"),
+        Column("p, settings agree", "p"),
+        Column("differ?"),
+        Column("note"),
+    ]
     rows: list[list[Value]] = []
     for pair in board.pairs:
         d = pair.difference
         verdict = "yes" if pair.differ else "not settled"
         counts = f"{d.wins}, {d.losses}, {d.settings - d.wins - d.losses}"
-        rows.append([
-            f"{pair.first} - {pair.second}", d.mean, "-" if d.p is None else d.p,
-            "-" if pair.p_corrected is None else pair.p_corrected, counts, d.p_settings, verdict,
-            f"without {pair.left_out}" if pair.left_out else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{pair.first} - {pair.second}",
+                d.mean,
+                "-" if d.p is None else d.p,
+                "-" if pair.p_corrected is None else pair.p_corrected,
+                counts,
+                d.p_settings,
+                verdict,
+                f"without {pair.left_out}" if pair.left_out else "",
+            ]
+        )
     note = (
         "Same settings, seeds and weights on both sides. Other seeds: would they say the same on "
         "these settings (Student's t, corrected after Holm)? A setting is won or lost where its "
@@ -175,8 +227,7 @@ def pairs(board: "Leaderboard") -> Table:
 
 def settings(board: "Leaderboard", task: str) -> Table:
     """Settings by mixers of one task, in percent; the best of each setting is set off."""
-    names = [m.mixer for m in board.mixers if any(t.mixer == m.mixer and t.task == task
-                                                  for t in board.tasks)]  # fmt: skip
+    names = [m.mixer for m in board.mixers if any(t.mixer == m.mixer and t.task == task for t in board.tasks)]
     labels = list(dict.fromkeys(c.setting for c in board.cells if c.task == task))
     at = {(c.setting, c.mixer): c for c in board.cells if c.task == task}
     columns = [Column("setting"), *(Column(name, "share") for name in names)]
@@ -212,17 +263,19 @@ def corruption(arms: "list[Arm]") -> list[Table]:
     shares = [Column(name, "share") for name in ("clean", "mean area", *names)]
     return [
         Table(
-            [*heads, Column("learning rate", "number"), *shares], areas, note=
-            "Accuracy in percent on the clean test split, and its mean over the range of each "
+            [*heads, Column("learning rate", "number"), *shares],
+            areas,
+            note="Accuracy in percent on the clean test split, and its mean over the range of each "
             "corruption's severity (the area under its curve), before them the mean of these. The "
             "learning rate is the one chosen on clean validation data.",
         ),
         Table(
-            [*heads, *(Column(name) for name in names)], halves, note=
-            "Severity at which accuracy is half of what it is without the corruption: median "
+            [*heads, *(Column(name) for name in names)],
+            halves,
+            note="Severity at which accuracy is half of what it is without the corruption: median "
             "[least, largest] over seeds.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def halved(curve: "Curve") -> str:
@@ -239,9 +292,7 @@ def accounts(found: "list[Account]") -> list[Table]:
     for account in found:
         columns = [Column("mean over seeds")]
         columns += [Column(f"{severity:g}", "number") for severity in account.severities]
-        rows: list[list[Value]] = [
-            [name, *values] for name, values in account.scalars.items() if name in _ACCOUNTED
-        ]
+        rows: list[list[Value]] = [[name, *values] for name, values in account.scalars.items() if name in _ACCOUNTED]
         tables.append(Table(columns, rows, f"{account.mixer} under {account.corruption}"))
     if blamed := [account for account in found if account.blames]:
         title = f"test accuracy % at {first.corruption} {first.severity:g}: with only this part "
@@ -257,9 +308,7 @@ def accounts(found: "list[Account]") -> list[Table]:
 # ------------------------------------------------------------------ runs, spectra, contracts
 
 
-def runs(
-    found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict[str, tuple[int, int]]
-) -> Table:
+def runs(found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict[str, tuple[int, int]]) -> Table:
     """The runs that a sweep would make, with what differs between them.
 
     A long sweep has a row per setting and mixer, with all the values of its runs in a cell.
@@ -279,10 +328,7 @@ def runs(
     heads += [Column(name, "count") for name in ("steps", "parameters", "state")]
     made: list[list[Value]] = []
     for indices in rows.values():
-        cells = [
-            ", ".join(str(v) for v in dict.fromkeys(column[i] for i in indices))
-            for column in columns.values()
-        ]
+        cells = [", ".join(str(v) for v in dict.fromkeys(column[i] for i in indices)) for column in columns.values()]
         run = found[indices[0]]
         first = run.fingerprint if short else str(len(indices))
         made.append([first, *cells, run.steps, *sizes[run.fingerprint]])
@@ -327,7 +373,5 @@ def _layer(row: str) -> float:
 def findings(title: str, found: list[Finding]) -> Table:
     """What holds and what fails of a contract."""
     columns = [Column(""), Column("promise"), Column("how it is broken")]
-    rows: list[list[Value]] = [
-        ["FAILS" if broken else "holds", promise, broken] for promise, broken in found
-    ]
+    rows: list[list[Value]] = [["FAILS" if broken else "holds", promise, broken] for promise, broken in found]
     return Table(columns, rows, title)

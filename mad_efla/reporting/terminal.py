@@ -139,9 +139,8 @@ def log(folder: RunFolder) -> list[str]:
 
 
 def example(
-    inputs: list[int] | list[float], roles: list[str], targets: list[int],
-    answers: list[int] | None, columns: int,
-) -> list[Text]:  # fmt: skip
+    inputs: list[int] | list[float], roles: list[str], targets: list[int], answers: list[int] | None, columns: int
+) -> list[Text]:
     """Draw one sequence in blocks of lines: tokens by role, what is scored, what the solver says.
 
     Args:
@@ -156,8 +155,10 @@ def example(
     lines = []
     for start in range(0, len(inputs), per_line):
         block = slice(start, start + per_line)
-        tokens = [(f"{r if len(r) == 1 else t:>{width}} ", _ROLES.get(r, "")) for t, r in
-                  zip(inputs[block], roles[block], strict=True)]  # fmt: skip
+        tokens = [
+            (f"{r if len(r) == 1 else t:>{width}} ", _ROLES.get(r, ""))
+            for t, r in zip(inputs[block], roles[block], strict=True)
+        ]
         wanted = [_cell(t, t >= 0, width, "bold yellow") for t in targets[block]]
         lines.append(Text.assemble(("tokens  ", "dim"), *tokens))
         lines.append(Text.assemble(("scored  ", "dim"), *wanted))

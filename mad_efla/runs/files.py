@@ -24,9 +24,7 @@ def ensure_writable(out: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(
-            f"--out {out}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
+        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def write_json(path: Path, data: Any) -> None:

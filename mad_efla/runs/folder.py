@@ -145,18 +145,11 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def fail(
-        self,
-        kind: Literal["failed", "interrupted", "pruned"],
-        reason: str,
-        traceback: str,
-        *,
-        transient: bool = False,
+        self, kind: Literal["failed", "interrupted", "pruned"], reason: str, traceback: str, *, transient: bool = False
     ) -> None:
         """Write why this attempt ended."""
         self.check_claim()
-        failure = Failure(
-            kind=kind, reason=reason, traceback=traceback, time=now(), transient=transient
-        )
+        failure = Failure(kind=kind, reason=reason, traceback=traceback, time=now(), transient=transient)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "failure.json", failure.model_dump(mode="json"))
 
@@ -168,9 +161,7 @@ class RunFolder:
         """
         for name, model in _READ.items():
             if self._examine(name, model)[1] == _NEWER:
-                raise ConfigError(
-                    f"{self.path / name}: {_NEWER}; update mad-efla, or name another --out"
-                )
+                raise ConfigError(f"{self.path / name}: {_NEWER}; update mad-efla, or name another --out")
 
     def quarantine(self) -> None:
         """Set aside what is broken; only whoever holds the run may.
@@ -205,11 +196,7 @@ class RunFolder:
         return found, ""
 
     def _set_aside(self, path: Path, why: str) -> None:
-        aside = next(
-            p
-            for i in range(1, 10_000)
-            if not (p := path.with_name(f"{path.name}.broken-{i}")).exists()
-        )
+        aside = next(p for i in range(1, 10_000) if not (p := path.with_name(f"{path.name}.broken-{i}")).exists())
         path.rename(aside)
         self.notes.append(f"{path}: {why}; set aside as {aside.name}")
 

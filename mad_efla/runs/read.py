@@ -66,9 +66,7 @@ def load(*places: Path) -> list[Group]:
     records = [(record, out) for out in places for record in read_sweeps(out)]
     if not records:
         named = ", ".join(map(str, places))
-        raise ConfigError(
-            f"{named}: holds no sweep; run `mad-efla sweep` first, or name its folder"
-        )
+        raise ConfigError(f"{named}: holds no sweep; run `mad-efla sweep` first, or name its folder")
     found: dict[tuple[str, str], list[tuple[SweepRecord, Path]]] = {}
     for record, out in records:
         found.setdefault((record.plan, record.protocol), []).append((record, out))
@@ -80,9 +78,7 @@ def of_record(record: SweepRecord, out: Path) -> Group:
     return _group(record.plan, record.protocol, [(record, out)])
 
 
-def of_runs(
-    runs: Iterable[RunConfig], results: dict[str, Result], *, choosing: Iterable[RunConfig] = ()
-) -> Group:
+def of_runs(runs: Iterable[RunConfig], results: dict[str, Result], *, choosing: Iterable[RunConfig] = ()) -> Group:
     """Group runs that are at hand, such as those of a test or of a notebook.
 
     Args:

@@ -168,7 +168,12 @@ class SweepRecord(Section):
 def planned(run: RunConfig, *, chooses: bool = False) -> Planned:
     """Note what a run is."""
     return Planned(
-        fingerprint=run.fingerprint, setting=run.setting, mixer=run.mixer,
-        code=run.mixer_code, condition=run.condition, point=run.point, seed=run.seed,
+        fingerprint=run.fingerprint,
+        setting=run.setting,
+        mixer=run.mixer,
+        code=run.mixer_code,
+        condition=run.condition,
+        point=run.point,
+        seed=run.seed,
         chooses=chooses,
-    )  # fmt: skip
+    )

@@ -17,22 +17,9 @@ B L H N, and B H N (N + P).
     causes.py        why a trained model fails on corrupted inputs
 """
 
-from mad_efla.spectrum.diagnose import (
-    Diagnosis,
-    Gain,
-    LayerDiagnosis,
-    diagnose,
-    finite,
-    training_scalars,
-)
+from mad_efla.spectrum.diagnose import Diagnosis, Gain, LayerDiagnosis, diagnose, finite, training_scalars
 from mad_efla.spectrum.reach import Reach, perturbation_gain, reach
-from mad_efla.spectrum.states import (
-    KeyOverlap,
-    StateSpectrum,
-    key_overlap,
-    state_spectrum,
-    states,
-)
+from mad_efla.spectrum.states import KeyOverlap, StateSpectrum, key_overlap, state_spectrum, states
 from mad_efla.spectrum.transitions import (
     EULER_LIMIT,
     SATURATED,
@@ -48,8 +35,29 @@ from mad_efla.spectrum.transitions import (
 )
 
 __all__ = [
-    "EULER_LIMIT", "SATURATED", "Diagnosis", "Gain", "Horizon", "KeyOverlap", "LayerDiagnosis",
-    "PerToken", "Products", "Reach", "StateSpectrum", "diagnose", "finite", "horizon",
-    "key_overlap", "lyapunov", "per_token", "perturbation_gain", "products", "reach",
-    "state_spectrum", "states", "step_eigenvalue", "step_error", "training_scalars",
-]  # fmt: skip
+    "EULER_LIMIT",
+    "SATURATED",
+    "Diagnosis",
+    "Gain",
+    "Horizon",
+    "KeyOverlap",
+    "LayerDiagnosis",
+    "PerToken",
+    "Products",
+    "Reach",
+    "StateSpectrum",
+    "diagnose",
+    "finite",
+    "horizon",
+    "key_overlap",
+    "lyapunov",
+    "per_token",
+    "perturbation_gain",
+    "products",
+    "reach",
+    "state_spectrum",
+    "states",
+    "step_eigenvalue",
+    "step_error",
+    "training_scalars",
+]

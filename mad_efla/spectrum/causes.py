@@ -127,9 +127,7 @@ class Subject(NamedTuple):
         return found
 
 
-def choose(
-    out: Path, plan: str | None, mixers: Iterable[str], setting: str | None = None
-) -> list[Arm]:
+def choose(out: Path, plan: str | None, mixers: Iterable[str], setting: str | None = None) -> list[Arm]:
     """Find the mixers to take apart among the sweeps under a folder.
 
     Args:
@@ -154,9 +152,7 @@ def choose(
     named = list(dict.fromkeys(f"{arm.task} {arm.setting}" for arm in probed))
     chosen = [n for n in named if setting is None or setting in (n, *n.split(" ", 1))]
     if len(chosen) != 1:
-        raise ConfigError(
-            f"--setting {setting}: {out} holds the settings {named}; name one of them"
-        )
+        raise ConfigError(f"--setting {setting}: {out} holds the settings {named}; name one of them")
     found = {arm.mixer: arm for arm in probed if f"{arm.task} {arm.setting}" == chosen[0]}
     for mixer in (mixers := list(mixers)):
         if mixer not in found:
@@ -165,9 +161,14 @@ def choose(
 
 
 def account(
-    out: Path, arm: Arm, corruption: str, severity: float | None = None, *,
-    groups: Iterable[tuple[str, ...]] = (), examples: int = 16,
-) -> Account:  # fmt: skip
+    out: Path,
+    arm: Arm,
+    corruption: str,
+    severity: float | None = None,
+    *,
+    groups: Iterable[tuple[str, ...]] = (),
+    examples: int = 16,
+) -> Account:
     """Take all runs of an arm apart.
 
     Args:
@@ -198,15 +199,9 @@ def account(
     severities = [level.severity for level in looked[0]]
     names = [n for n in looked[0][0].scalars if "/" not in n]
     scalars = {
-        n: [
-            _mean([run[i].scalars.get(n, math.nan) for run in looked])
-            for i in range(len(severities))
-        ]
-        for n in names
+        n: [_mean([run[i].scalars.get(n, math.nan) for run in looked]) for i in range(len(severities))] for n in names
     }
-    scalars["accuracy"] = [
-        _mean([run[i].accuracy for run in looked]) for i in range(len(severities))
-    ]
+    scalars["accuracy"] = [_mean([run[i].accuracy for run in looked]) for i in range(len(severities))]
     severity = severities[-1] if severity is None else severity
     if severity not in severities:
         raise ConfigError(f"{corruption} {severity:g}: the runs' task has severities {severities}")
@@ -219,12 +214,10 @@ def account(
         clean=arm.clean,
         corrupted=arm.curves[corruption].accuracy[severities.index(severity)],
         blames={
-            " + ".join(same[0].parts): (
-                interval([b.alone for b in same]), interval([b.mended for b in same]),
-            )
+            " + ".join(same[0].parts): (interval([b.alone for b in same]), interval([b.mended for b in same]))
             for same in zip(*blamed, strict=True)
         },
-    )  # fmt: skip
+    )
 
 
 def _mean(values: list[float]) -> float:
@@ -295,9 +288,7 @@ def blame(
 
 
 @torch.no_grad()
-def _accuracy(
-    built: Backbone, examples: Examples, other: Examples | None = None, parts: tuple[str, ...] = ()
-) -> float:
+def _accuracy(built: Backbone, examples: Examples, other: Examples | None = None, parts: tuple[str, ...] = ()) -> float:
     """Score a model on examples, with some parts of its layers computed from others."""
     targets = torch.from_numpy(examples.targets)
     scored = targets != IGNORE

@@ -16,13 +16,7 @@ from torch import Tensor
 from mad_efla.mixers import Mixer
 from mad_efla.mixers._dynamics import AttentionTrace, Dynamics
 from mad_efla.spectrum.reach import Reach, perturbation_gain, reach
-from mad_efla.spectrum.states import (
-    KeyOverlap,
-    StateSpectrum,
-    key_overlap,
-    sampled,
-    state_spectrum,
-)
+from mad_efla.spectrum.states import KeyOverlap, StateSpectrum, key_overlap, sampled, state_spectrum
 from mad_efla.spectrum.transitions import (
     EULER_LIMIT,
     SATURATED,
@@ -246,9 +240,7 @@ def _diagnose_layer(mixer: Mixer, x: Float[Tensor, "B L D"], gain: Gain) -> Laye
 def _finite(memory: Dynamics | AttentionTrace) -> bool:
     tensors = {n: x for n, x in vars(memory).items() if isinstance(x, Tensor)}
     decay = tensors.pop("log_decay", None)
-    return all(bool(x.isfinite().all()) for x in tensors.values()) and (
-        decay is None or bool((decay < math.inf).all())
-    )
+    return all(bool(x.isfinite().all()) for x in tensors.values()) and (decay is None or bool((decay < math.inf).all()))
 
 
 def _token_scalars(tokens: PerToken) -> dict[str, Tensor]:
@@ -288,10 +280,7 @@ def _horizon_scalars(products: Products) -> dict[str, Tensor]:
 
 
 def _rank_scalars(state: StateSpectrum) -> dict[str, Tensor]:
-    return {
-        "state_effective_rank": state.effective_rank[-1],
-        "state_capacity_used": state.capacity_used[-1],
-    }
+    return {"state_effective_rank": state.effective_rank[-1], "state_capacity_used": state.capacity_used[-1]}
 
 
 def _reach_scalars(looked: Reach) -> dict[str, Tensor]:

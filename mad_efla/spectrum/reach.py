@@ -121,10 +121,7 @@ def perturbation_gain(
 
     Source: Trefethen and Bau, Numerical Linear Algebra, lecture 12.
     """
-    whole = (
-        torch.linalg.vector_norm(z, dim=(1, 2), dtype=torch.float64)[:, None]
-        for z in (x, changed_x - x, y)
-    )
+    whole = (torch.linalg.vector_norm(z, dim=(1, 2), dtype=torch.float64)[:, None] for z in (x, changed_x - x, y))
     size, change, out = whole
     moved = torch.linalg.vector_norm(changed_y - y, dim=-1, dtype=torch.float64)
     return torch.where(moved == 0, 0, moved / out * size / change)

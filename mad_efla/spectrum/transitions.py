@@ -140,9 +140,7 @@ class Horizon(NamedTuple):
     slowest: Float[Tensor, "starts B H"]
 
 
-def products(
-    dynamics: Dynamics, lags: Sequence[int] | None = None, *, starts: int = _STARTS
-) -> Products:
+def products(dynamics: Dynamics, lags: Sequence[int] | None = None, *, starts: int = _STARTS) -> Products:
     """Compute what is left of a state after some lags: singular values of products of transitions.
 
     Args:

@@ -109,9 +109,7 @@ class Task(Section):
             A token for each position, `IGNORE` where nothing is known yet.
         """
 
-    def answerable(
-        self, examples: Examples, train: Examples, world: Any
-    ) -> Bool[np.ndarray, "n L"]:
+    def answerable(self, examples: Examples, train: Examples, world: Any) -> Bool[np.ndarray, "n L"]:
         """Tell which scored positions can be answered from the prefix and the training set.
 
         All of them, unless a task says otherwise.
@@ -131,9 +129,7 @@ class Task(Section):
         """
         return ["token"] * len(inputs)
 
-    def probes(
-        self, test: Examples, stream: Callable[[str], np.random.Generator]
-    ) -> Iterator[Probe]:
+    def probes(self, test: Examples, stream: Callable[[str], np.random.Generator]) -> Iterator[Probe]:
         """Yield further test sets, on which the chosen weights are scored when training is over.
 
         None by default. They choose nothing.
@@ -174,9 +170,7 @@ def token_type(vocabulary: int) -> type[np.signedinteger]:
     return next(t for t in (np.int8, np.int16, np.int32) if vocabulary - 1 <= np.iinfo(t).max)
 
 
-def distinct(
-    rng: np.random.Generator, n: int, k: int, low: int, high: int
-) -> Int[np.ndarray, "n k"]:
+def distinct(rng: np.random.Generator, n: int, k: int, low: int, high: int) -> Int[np.ndarray, "n k"]:
     """Draw `n` times `k` different ids of [low, high), every ordered choice equally likely.
 
     The i-th id is drawn as a rank among those not taken yet, and steps over each smaller one that

@@ -37,9 +37,7 @@ def find(folder: Path, name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def read(
-    path: Path, axes: int, published: Published | None = None
-) -> UInt8[np.ndarray, "..."]:  # fmt: skip
+def read(path: Path, axes: int, published: Published | None = None) -> UInt8[np.ndarray, "..."]:
     """Read one file.
 
     Args:
@@ -54,9 +52,7 @@ def read(
     if published is not None:
         _check(path, raw, published)
     if len(raw) < 4 or raw[:2] != b"\0\0":
-        raise ConfigError(
-            f"{path}: begins with {raw[:4].hex()!r}, not as IDX with 0000; replace it"
-        )
+        raise ConfigError(f"{path}: begins with {raw[:4].hex()!r}, not as IDX with 0000; replace it")
     kind, found = raw[2], raw[3]
     if kind != _UNSIGNED_BYTES or found != axes:
         raise ConfigError(

@@ -66,9 +66,7 @@ class Pixels(RealTask):
         """Number of classes."""
         return CLASSES
 
-    def probes(
-        self, test: Examples, stream: Callable[[str], np.random.Generator]
-    ) -> Iterator[Probe]:
+    def probes(self, test: Examples, stream: Callable[[str], np.random.Generator]) -> Iterator[Probe]:
         """Yield the test split under each corruption, severities rising, the neutral one too."""
         for name, severities in self.corruptions.items():
             for severity in sorted({NEUTRAL.get(name, 0.0), *severities}):
@@ -80,9 +78,7 @@ class Pixels(RealTask):
         return ["pixel"] * len(inputs)
 
 
-def sequences(
-    images: Num[np.ndarray, "n rows columns"], white: int, labels: Int[np.ndarray, "n"]
-) -> Examples:
+def sequences(images: Num[np.ndarray, "n rows columns"], white: int, labels: Int[np.ndarray, "n"]) -> Examples:
     """Write images as sequences in [0, 1] with the class at the last position."""
     inputs = images.reshape(len(images), -1).astype(np.float32) / np.float32(white)
     targets = np.full(inputs.shape, IGNORE, token_type(CLASSES))

@@ -37,14 +37,9 @@ class Compression(Task):
     @model_validator(mode="after")
     def _check(self) -> "Compression":
         if self.vocab_size < 3:
-            raise ValueError(
-                f"vocab_size={self.vocab_size} must be at least 3: two tokens and the compression "
-                "token"
-            )
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 3: two tokens and the compression token")
         if self.seq_len < 2:
-            raise ValueError(
-                f"seq_len={self.seq_len} must be at least 2: a token and the compression token"
-            )
+            raise ValueError(f"seq_len={self.seq_len} must be at least 2: a token and the compression token")
         return self
 
     @property

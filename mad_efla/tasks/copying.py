@@ -79,16 +79,13 @@ def check_strings(vocab_size: int, seq_len: int, shortest: int | None) -> None:
         ValueError: Opening with the field, as validators of a task do.
     """
     if vocab_size < 4:
-        raise ValueError(
-            f"vocab_size={vocab_size} must be at least 4: two letters, the bar and the pad"
-        )
+        raise ValueError(f"vocab_size={vocab_size} must be at least 4: two letters, the bar and the pad")
     check_lengths(seq_len, shortest, least=2, step=2)
 
 
 def strings(
-    rng: np.random.Generator, lengths: Int[np.ndarray, "n"], longest: int, vocab_size: int, *,
-    backwards: bool,
-) -> Examples:  # fmt: skip
+    rng: np.random.Generator, lengths: Int[np.ndarray, "n"], longest: int, vocab_size: int, *, backwards: bool
+) -> Examples:
     """Draw strings, and behind a bar write them again, forwards or backwards.
 
     Args:

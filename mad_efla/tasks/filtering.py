@@ -84,12 +84,6 @@ class Filtering(Task):
         """Name keys and values that count, and those of pairs that do not."""
         K, quarter, half = self.pairs, self.vocab_size // 4, self.vocab_size // 2
         return [
-            "filler"
-            if not t
-            else "key"
-            if t < quarter
-            else "noise"
-            if t < half or i >= 2 * K
-            else "value"
+            "filler" if not t else "key" if t < quarter else "noise" if t < half or i >= 2 * K else "value"
             for i, t in enumerate(inputs.tolist())
         ]

@@ -41,9 +41,7 @@ class FlipFlop(Task):
     def _check(self) -> "FlipFlop":
         check_lengths(self.seq_len, None, least=4, step=2)
         if not 0 <= self.ignore <= 1:
-            raise ValueError(
-                f"ignore={self.ignore} must be in [0, 1]: it is a probability; published with 0.8"
-            )
+            raise ValueError(f"ignore={self.ignore} must be in [0, 1]: it is a probability; published with 0.8")
         return self
 
     @property

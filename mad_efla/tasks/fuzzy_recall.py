@@ -117,9 +117,7 @@ class FuzzyRecall(Task):
         shift = np.where(inserted, P, 0)
         used = start + later * shift[:, None] < limit[:, None]
         seen |= is_probe & later & inserted[:, None]
-        return self._write(
-            pairs, used, seen, probe, np.where(used & ~later, length, 0).sum(1), shift
-        )
+        return self._write(pairs, used, seen, probe, np.where(used & ~later, length, 0).sum(1), shift)
 
     def _draw(self, n: int, rng: np.random.Generator, shortest: int) -> Int[np.ndarray, "n M"]:
         """Draw `n` pairs: tokens of the key, then of the value, `_ABSENT` where it is shorter."""
@@ -221,9 +219,7 @@ class FuzzyRecall(Task):
                 answers[position] = known[len(value)]
         return answers
 
-    def answerable(
-        self, examples: Examples, train: Examples, world: Any
-    ) -> Bool[np.ndarray, "n L"]:
+    def answerable(self, examples: Examples, train: Examples, world: Any) -> Bool[np.ndarray, "n L"]:
         """Tell which positions ask for a key that was shown: as the reference draws, not all do."""
         scored = super().answerable(examples, train, world)
         if not self.as_mad_lab:
@@ -247,10 +243,7 @@ class FuzzyRecall(Task):
     def describe(self, inputs: Int[np.ndarray, "L"]) -> list[str]:
         """Name tokens of keys and values, the pad and the copy token."""
         n = self._ordinary
-        return [
-            "key" if t < n // 2 else "value" if t < n else "pad" if t == n else "copy"
-            for t in inputs.tolist()
-        ]
+        return ["key" if t < n // 2 else "value" if t < n else "pad" if t == n else "copy" for t in inputs.tolist()]
 
 
 _ABSENT = -1  # in place of a token that a shorter key or value does not have

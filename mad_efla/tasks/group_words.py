@@ -49,8 +49,7 @@ class GroupWords(Task):
         known = re.fullmatch(r"[1-9]\d{0,3}", n) and kind in _LARGEST
         if not known or not (2 if kind == "Z" else 3) <= int(n) <= _LARGEST[kind]:
             raise ValueError(
-                f"group={self.group!r} must be Z2 to Z{_LARGEST['Z']}, S3 to S{_LARGEST['S']} or "
-                f"A3 to A{_LARGEST['A']}"
+                f"group={self.group!r} must be Z2 to Z{_LARGEST['Z']}, S3 to S{_LARGEST['S']} or A3 to A{_LARGEST['A']}"
             )
         if self.seq_len < 1:
             raise ValueError(f"seq_len={self.seq_len} must be at least 1")

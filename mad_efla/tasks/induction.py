@@ -35,13 +35,9 @@ class Induction(Task):
     @model_validator(mode="after")
     def _check(self) -> "Induction":
         if self.vocab_size < 3:
-            raise ValueError(
-                f"vocab_size={self.vocab_size} must be at least 3: two tokens and the mark"
-            )
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 3: two tokens and the mark")
         if self.seq_len < 3:
-            raise ValueError(
-                f"seq_len={self.seq_len} must be at least 3: the mark, its answer, the mark again"
-            )
+            raise ValueError(f"seq_len={self.seq_len} must be at least 3: the mark, its answer, the mark again")
         return self
 
     @property

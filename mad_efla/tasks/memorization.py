@@ -38,8 +38,7 @@ class Memorization(Task):
     def _check(self) -> "Memorization":
         if self.vocab_size < 5:
             raise ValueError(
-                f"vocab_size={self.vocab_size} must be at least 5: two keys, two values and the "
-                "insert token"
+                f"vocab_size={self.vocab_size} must be at least 5: two keys, two values and the insert token"
             )
         if self.seq_len % 2:
             raise ValueError(
@@ -82,9 +81,7 @@ class Memorization(Task):
         answers[1::2] = world[keys]
         return answers
 
-    def answerable(
-        self, examples: Examples, train: Examples, world: Any
-    ) -> Bool[np.ndarray, "n L"]:
+    def answerable(self, examples: Examples, train: Examples, world: Any) -> Bool[np.ndarray, "n L"]:
         """Tell which positions ask for a key that training has shown."""
         shown = np.zeros(len(world), bool)
         shown[train.inputs[:, ::2]] = True

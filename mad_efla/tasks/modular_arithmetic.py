@@ -86,9 +86,8 @@ class ModularArithmetic(Task):
         return self.modulus + _SIGNS.index(sign)
 
     def _chain(
-        self, inputs: Int[np.ndarray, "n L"], lengths: Int[np.ndarray, "n"],
-        rng: np.random.Generator,
-    ) -> Int[np.ndarray, "n"]:  # fmt: skip
+        self, inputs: Int[np.ndarray, "n L"], lengths: Int[np.ndarray, "n"], rng: np.random.Generator
+    ) -> Int[np.ndarray, "n"]:
         """Write digits with operators between them; return the values."""
         n, pairs = len(inputs), self.seq_len // 2
         digits = rng.integers(0, self.modulus, (n, pairs))
@@ -105,9 +104,13 @@ class ModularArithmetic(Task):
         return (total + product) % self.modulus
 
     def _nest(
-        self, inputs: Int[np.ndarray, "n L"], rows: Int[np.ndarray, "m"],
-        starts: Int[np.ndarray, "m"], lengths: Int[np.ndarray, "m"], rng: np.random.Generator,
-    ) -> Int[np.ndarray, "m"]:  # fmt: skip
+        self,
+        inputs: Int[np.ndarray, "n L"],
+        rows: Int[np.ndarray, "m"],
+        starts: Int[np.ndarray, "m"],
+        lengths: Int[np.ndarray, "m"],
+        rng: np.random.Generator,
+    ) -> Int[np.ndarray, "m"]:
         """Write an expression into each span of a row, all spans of a depth at once.
 
         A span of up to four tokens is d, -d, (d) or (-d); a longer one (left sign right).
@@ -133,9 +136,12 @@ class ModularArithmetic(Task):
         sign = rng.integers(0, len(self.operators), len(row))
         inputs[row, start + 1 + left] = self.modulus + sign
         halves = self._nest(
-            inputs, np.tile(row, 2), np.concatenate([start + 1, start + left + 2]),
-            np.concatenate([left, length - left - 3]), rng,
-        )  # fmt: skip
+            inputs,
+            np.tile(row, 2),
+            np.concatenate([start + 1, start + left + 2]),
+            np.concatenate([left, length - left - 3]),
+            rng,
+        )
         a, b = np.split(halves, 2)
         values[split] = np.choose(sign, [a + b, a - b, a * b]) % self.modulus
         return values

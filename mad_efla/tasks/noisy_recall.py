@@ -48,8 +48,7 @@ class NoisyRecall(Task):
         check_length(self.seq_len)
         if not 0 <= self.noise_fraction < 1:
             raise ValueError(
-                f"noise_fraction={self.noise_fraction} must be in [0, 1): some slots must hold "
-                "pairs; use 0.9 or less"
+                f"noise_fraction={self.noise_fraction} must be in [0, 1): some slots must hold pairs; use 0.9 or less"
             )
         if self.noise_vocab_size < 1:
             raise ValueError(
@@ -99,7 +98,4 @@ class NoisyRecall(Task):
         """Name keys, values, noise and the copy token."""
         n = self._ordinary
         copy = n + self.noise_vocab_size
-        return [
-            "key" if t < n // 2 else "value" if t < n else "noise" if t < copy else "copy"
-            for t in inputs.tolist()
-        ]
+        return ["key" if t < n // 2 else "value" if t < n else "noise" if t < copy else "copy" for t in inputs.tolist()]

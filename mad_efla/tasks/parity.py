@@ -91,20 +91,16 @@ def check_lengths(seq_len: int, shortest: int | None, least: int = 1, step: int 
             raise ValueError(f"{field}={value} must be at least {least}")
         if value is not None and value % step:
             below = value // step * step
-            raise ValueError(
-                f"{field}={value} must be a multiple of {step}; use {below} or {below + step}"
-            )
+            raise ValueError(f"{field}={value} must be a multiple of {step}; use {below} or {below + step}")
     if shortest is not None and shortest > seq_len:
         raise ValueError(
-            f"shortest={shortest} must be at most seq_len = {seq_len}; leave it out for sequences "
-            "that are all as long"
+            f"shortest={shortest} must be at most seq_len = {seq_len}; leave it out for sequences that are all as long"
         )
 
 
 def draw_lengths(
-    n: int, rng: np.random.Generator, split: Split, shortest: int | None, longest: int,
-    step: int = 1,
-) -> Int[np.ndarray, "n"]:  # fmt: skip
+    n: int, rng: np.random.Generator, split: Split, shortest: int | None, longest: int, step: int = 1
+) -> Int[np.ndarray, "n"]:
     """Draw the length of each sequence: any in training, the longest where models are judged."""
     if split != "train" or shortest is None:
         return np.full(n, longest)

@@ -76,9 +76,7 @@ class Recall(Task):
     def describe(self, inputs: Int[np.ndarray, "L"]) -> list[str]:
         """Name keys, values and the copy token."""
         K = self._ordinary // 2
-        return [
-            "copy" if t >= self._ordinary else "key" if t < K else "value" for t in inputs.tolist()
-        ]
+        return ["copy" if t >= self._ordinary else "key" if t < K else "value" for t in inputs.tolist()]
 
 
 # ------------------------------------------- what tasks of single-token pairs share
@@ -104,17 +102,15 @@ def check_length(seq_len: int) -> None:
     """
     if seq_len % 2:
         raise ValueError(
-            f"seq_len={seq_len} must be even: keys and values alternate; "
-            f"use {seq_len - 1} or {seq_len + 1}"
+            f"seq_len={seq_len} must be even: keys and values alternate; use {seq_len - 1} or {seq_len + 1}"
         )
     if seq_len < 4:
         raise ValueError(f"seq_len={seq_len} must be at least 4: a pair and its query")
 
 
 def draw_pairs(
-    n: int, rng: np.random.Generator, *, slots: int, ordinary: int,
-    noise: Bool[np.ndarray, "n earlier"] | None = None,
-) -> Pairs:  # fmt: skip
+    n: int, rng: np.random.Generator, *, slots: int, ordinary: int, noise: Bool[np.ndarray, "n earlier"] | None = None
+) -> Pairs:
     """Draw keys, a value for each kind of key, and in the last slot a key seen before.
 
     Args:

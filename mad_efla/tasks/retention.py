@@ -99,9 +99,11 @@ def check_pairs(seq_len: int, pairs: int) -> None:
 
 
 def asked(
-    inputs: Int[np.ndarray, "n L"], keys: Int[np.ndarray, "n K"], values: Int[np.ndarray, "n K"],
+    inputs: Int[np.ndarray, "n L"],
+    keys: Int[np.ndarray, "n K"],
+    values: Int[np.ndarray, "n K"],
     rng: np.random.Generator,
-) -> Examples:  # fmt: skip
+) -> Examples:
     """Write the questions, the keys in a random order, over the end of each sequence."""
     K, order = keys.shape[1], rng.random(keys.shape).argsort(axis=1)
     targets = np.full_like(inputs, IGNORE)

@@ -42,8 +42,7 @@ class SelectiveCopying(Task):
     def _check(self) -> "SelectiveCopying":
         if self.vocab_size < 4:
             raise ValueError(
-                f"vocab_size={self.vocab_size} must be at least 4: two tokens, the blank and the "
-                "copy token"
+                f"vocab_size={self.vocab_size} must be at least 4: two tokens, the blank and the copy token"
             )
         if self.tokens_to_copy < 1:
             raise ValueError(f"tokens_to_copy={self.tokens_to_copy} must be at least 1")

@@ -71,33 +71,24 @@ def _corpus(folder: Path, published: bool, side: int) -> Corpus:
     found = {name: _idx.find(folder, name) for name in FILES}
     missing = [name for name, path in found.items() if path is None]
     if missing:
-        raise ConfigError(
-            f"{folder}: lacks {', '.join(missing)}; put them there, as they are or with .gz"
-        )
+        raise ConfigError(f"{folder}: lacks {', '.join(missing)}; put them there, as they are or with .gz")
     files = [
         _idx.read(path, 1 if "labels" in name else 3, FILES[name] if published else None)
         for name, path in found.items()
         if path is not None
     ]
     images, labels, test_images, test_labels = files
-    return Corpus(
-        train=_part(folder, images, labels, side),
-        test=_part(folder, test_images, test_labels, side),
-    )
+    return Corpus(train=_part(folder, images, labels, side), test=_part(folder, test_images, test_labels, side))
 
 
 def _part(
-    folder: Path, images: UInt8[np.ndarray, "n rows columns"], labels: UInt8[np.ndarray, "m"],
-    side: int,
-) -> Examples:  # fmt: skip
+    folder: Path, images: UInt8[np.ndarray, "n rows columns"], labels: UInt8[np.ndarray, "m"], side: int
+) -> Examples:
     if images.shape[1:] != (side, side):
         size = " x ".join(map(str, images.shape[1:]))
         raise ConfigError(f"{folder}: images are {size}, must be {side} x {side}; set task.side")
     if len(images) != len(labels) or not len(images):
-        raise ConfigError(
-            f"{folder}: {len(labels)} labels for {len(images)} images; take all files from one "
-            "data set"
-        )
+        raise ConfigError(f"{folder}: {len(labels)} labels for {len(images)} images; take all files from one data set")
     if labels.max() >= CLASSES:
         raise ConfigError(f"{folder}: label {labels.max()} must be under {CLASSES}")
     return sequences(images, 255, labels.astype(np.int64))

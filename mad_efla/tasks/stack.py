@@ -106,12 +106,6 @@ class Stack(Task):
         """Name operations, stacks and elements."""
         E, S = self.elements, self.stacks
         return [
-            "token"
-            if t < E
-            else "stack"
-            if t < E + S
-            else "\N{DOWNWARDS ARROW}"
-            if t == E + S
-            else "\N{UPWARDS ARROW}"
+            "token" if t < E else "stack" if t < E + S else "\N{DOWNWARDS ARROW}" if t == E + S else "\N{UPWARDS ARROW}"
             for t in inputs.tolist()
         ]

@@ -97,9 +97,7 @@ class Bridge:
     notes: list[str] = field(default_factory=list)
     deadline: float = math.inf
 
-    def sync(
-        self, deadline: float, *, only: str | None = None, wanted: set[str] | None = None
-    ) -> SyncReport:
+    def sync(self, deadline: float, *, only: str | None = None, wanted: set[str] | None = None) -> SyncReport:
         """Mirror all sweeps, or only that of id `only`; of them all cells, or those wanted."""
         self.deadline, self.notes = deadline, []
         count, problem = 0, None
@@ -125,9 +123,7 @@ class Bridge:
 
             self.client = MlflowClient(tracking_uri=self.uri)
 
-    def _work(
-        self, sweeps: list[SweepRecord], *, loose: bool
-    ) -> Iterator[tuple[str, SweepRecord | None, list[str]]]:
+    def _work(self, sweeps: list[SweepRecord], *, loose: bool) -> Iterator[tuple[str, SweepRecord | None, list[str]]]:
         """Yield task, sweep and cells; `loose` runs, that no sweep names, come last, by task."""
         for sweep in sweeps:
             yield sweep.task, sweep, list(sweep.fingerprints)
@@ -245,9 +241,7 @@ class Bridge:
         entry.tag({"mad.counts": counts} | records.TABLE_TAG)
         entry.stand(status, sweep.ended or now())
 
-    def _cell(
-        self, folder: RunFolder, status: Status, name: str, sweep: SweepRecord | None
-    ) -> bool:
+    def _cell(self, folder: RunFolder, status: Status, name: str, sweep: SweepRecord | None) -> bool:
         """Mirror one run; return whether MLflow shows it as its folder is."""
         key = folder.fingerprint
         entry = self.entries.get(key)
@@ -276,9 +270,7 @@ class Bridge:
             entry.tag({f"mad.sweep.{sweep.id}": sweep.plan})
         return True
 
-    def _child(
-        self, run: RunConfig, folder: RunFolder, name: str, sweep: SweepRecord | None
-    ) -> Entry:
+    def _child(self, run: RunConfig, folder: RunFolder, name: str, sweep: SweepRecord | None) -> Entry:
         """Find or make a run's run, with its configuration, and learn what it has been told."""
         key, task = run.fingerprint, run.task.name
         if key not in self.entries:  # another process may have made it since
@@ -308,9 +300,7 @@ class Bridge:
         entry.log(first, self.deadline)
         entry.log(points, self.deadline)
 
-    def _ending(
-        self, entry: Entry, run: RunConfig, status: Status, failure: Failure | None
-    ) -> None:
+    def _ending(self, entry: Entry, run: RunConfig, status: Status, failure: Failure | None) -> None:
         """Say how a run stands; the status comes last, since it says that all is there."""
         tags = {"mad.status": status}
         result = self.results.get(run.fingerprint)

@@ -135,8 +135,7 @@ def names(runs: list[RunConfig]) -> dict[str, str]:
         varied = [
             key
             for key in first
-            if key not in ("seed", "optim.lr_log10")
-            and any(flat[r.fingerprint][key] != first[key] for r in group)
+            if key not in ("seed", "optim.lr_log10") and any(flat[r.fingerprint][key] != first[key] for r in group)
         ]
         for run in group:
             point = [f"{k.split('.')[-1]}={flat[run.fingerprint][k]}" for k in varied]
@@ -177,9 +176,22 @@ def sweep_points(statuses: Counter[Status], time: int) -> list[Point]:
 
 
 HEADER = (
-    "setting", "mixer", "grid point", "seeds", "accuracy", "low", "high", "macro accuracy",
-    "sequence accuracy", "loss", "parameters", "state size", "steps to 90 %", "seconds", "note",
-)  # fmt: skip
+    "setting",
+    "mixer",
+    "grid point",
+    "seeds",
+    "accuracy",
+    "low",
+    "high",
+    "macro accuracy",
+    "sequence accuracy",
+    "loss",
+    "parameters",
+    "state size",
+    "steps to 90 %",
+    "seconds",
+    "note",
+)
 # The columns that fit beside MLflow's own.
 _NOTED = ("setting", "mixer", "grid point", "seeds", "accuracy", "low", "high", "loss", "note")
 
@@ -197,15 +209,24 @@ def leaderboard(found: list[Cell]) -> list[list[str | float | None]]:
     """Return the rows of a sweep's table below `HEADER`; accuracies in [0, 1], four digits."""
     rows: list[list[str | float | None]] = []
     for cell in found:
-        scores = (*(cell.accuracy or (None,) * 3), cell.macro_accuracy, cell.sequence_accuracy,
-                  cell.loss)  # fmt: skip
+        scores = (*(cell.accuracy or (None,) * 3), cell.macro_accuracy, cell.sequence_accuracy, cell.loss)
         point = ", ".join(f"{k.split('.')[-1]}={v}" for k, v in cell.point.items())
         note = "; ".join(filter(None, (cell.missing, cell.note)))
         numbers = [None if n is None else round(n, 4) for n in scores]
-        rows.append([
-            cell.setting, cell.mixer, point, len(cell.seeds), *numbers, cell.parameters,
-            cell.state_size, cell.steps_to_90, round(cell.seconds, 1), note,
-        ])  # fmt: skip
+        rows.append(
+            [
+                cell.setting,
+                cell.mixer,
+                point,
+                len(cell.seeds),
+                *numbers,
+                cell.parameters,
+                cell.state_size,
+                cell.steps_to_90,
+                round(cell.seconds, 1),
+                note,
+            ]
+        )
     return rows
 
 
@@ -222,9 +243,18 @@ def leaderboard_json(found: list[Cell]) -> str:
 
 
 CORRUPTION_HEADER = (
-    "setting", "mixer", "seeds", "corruption", "clean", "area", "low", "high", "halves at",
-    "least", "largest",
-)  # fmt: skip
+    "setting",
+    "mixer",
+    "seeds",
+    "corruption",
+    "clean",
+    "area",
+    "low",
+    "high",
+    "halves at",
+    "least",
+    "largest",
+)
 
 
 def corruption_json(arms: list[corruption.Arm]) -> str:
@@ -278,11 +308,7 @@ Scores of different protocols (tag `mad.protocol`) are not comparable.
 
 def _source() -> dict[str, str]:
     """Fill the columns that MLflow's own clients fill."""
-    return {
-        "mlflow.user": _user(),
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": "mad-efla",
-    }
+    return {"mlflow.user": _user(), "mlflow.source.type": "LOCAL", "mlflow.source.name": "mad-efla"}
 
 
 def _user() -> str:

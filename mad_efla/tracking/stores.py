@@ -49,13 +49,10 @@ def resolve_uri(option: str | None) -> str:
         if path in (given, "", ":memory:"):
             raise ConfigError(f"{source} {given}: must name a file, as in sqlite:///mlflow.db")
         return f"sqlite:///{Path(path).absolute()}"
-    if given.split(":")[0] == "databricks" or (
-        "://" in given and not given.startswith(("file:", "."))
-    ):
+    if given.split(":")[0] == "databricks" or ("://" in given and not given.startswith(("file:", "."))):
         return given
     raise ConfigError(
-        f"{source} {given}: must be a server or a database, as in http://localhost:5000 or "
-        "sqlite:///mlflow.db"
+        f"{source} {given}: must be a server or a database, as in http://localhost:5000 or sqlite:///mlflow.db"
     )
 
 
@@ -185,15 +182,11 @@ def prepare(path: Path) -> None:
 def _schema(path: Path) -> str:
     """Read which revision of MLflow's schema a database has."""
     try:
-        with contextlib.closing(
-            sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=10)
-        ) as database:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=10)) as database:
             rows = database.execute("SELECT version_num FROM alembic_version").fetchall()
     except sqlite3.OperationalError as error:
         if "no such table" in str(error):
-            raise Problem(
-                f"{path}: is a database, but no MLflow store; name another with --tracking-uri"
-            ) from None
+            raise Problem(f"{path}: is a database, but no MLflow store; name another with --tracking-uri") from None
         raise Problem(f"{path}: {error}; name another store with --tracking-uri") from None
     except sqlite3.DatabaseError:
         raise Problem(_damaged(path)) from None

@@ -119,9 +119,7 @@ def ceiling(task: Task, data: Data) -> float:
     return float(answerable.sum() / (data.test.targets != IGNORE).sum())
 
 
-def save(
-    folder: Path, task: Task, seed: int, sizes: DataConfig, label: str, splits: Iterable[Split]
-) -> Iterator[Path]:
+def save(folder: Path, task: Task, seed: int, sizes: DataConfig, label: str, splits: Iterable[Split]) -> Iterator[Path]:
     """Write splits of a task's data as `.npz` files that need nothing of ours to be read.
 
     Each holds `inputs`, `targets`, `next_tokens` where the task has them, and as text `config`
@@ -146,16 +144,23 @@ def save(
     stem = re.sub(r"[^\w.=+-]", "_", f"{task.name}-{label}-seed{seed}")
     for split in splits:
         resolved = {
-            "task": task.model_dump(), "data": sizes.model_dump(), "seed": seed, "setting": label,
+            "task": task.model_dump(),
+            "data": sizes.model_dump(),
+            "seed": seed,
+            "setting": label,
             "split": split,
-        }  # fmt: skip
+        }
         path = folder / f"{stem}-{split}.npz"
         columns = {k: v for k, v in getattr(made, split)._asdict().items() if v is not None}
-        _write(path, columns | {
-            "config": np.array(canonical_json(resolved)),
-            "version": np.array(type(task).version),
-            "digest": np.array(made.digest),
-        })  # fmt: skip
+        _write(
+            path,
+            columns
+            | {
+                "config": np.array(canonical_json(resolved)),
+                "version": np.array(type(task).version),
+                "digest": np.array(made.digest),
+            },
+        )
         yield path
 
 
@@ -199,16 +204,13 @@ def _draw(task: Task, seed: int, split: Split, n: int, world: Any, taken: set[by
     return Examples(
         inputs=np.concatenate([b.inputs for b in blocks])[:n],
         targets=np.concatenate([b.targets for b in blocks])[:n],
-        next_tokens=None
-        if blocks[0].next_tokens is None
-        else np.concatenate([b.next_tokens for b in blocks])[:n],
+        next_tokens=None if blocks[0].next_tokens is None else np.concatenate([b.next_tokens for b in blocks])[:n],
     )
 
 
 def _apart(
-    task: Task, examples: Examples, seed: int, split: Split, block: int, world: Any,
-    taken: set[bytes],
-) -> Examples:  # fmt: skip
+    task: Task, examples: Examples, seed: int, split: Split, block: int, world: Any, taken: set[bytes]
+) -> Examples:
     """Draw again, from streams of their own, the rows that an earlier split already holds."""
     for attempt in range(1, _MAX_REDRAWS + 1):
         clash = np.array([row.tobytes() in taken for row in examples.inputs])

@@ -70,9 +70,7 @@ def check(sweep: Sweep) -> Fit:
 
 
 def _matches(
-    kind: Literal["state", "parameters"] | None,
-    runs: list[RunConfig],
-    sizes: dict[str, tuple[int, int]],
+    kind: Literal["state", "parameters"] | None, runs: list[RunConfig], sizes: dict[str, tuple[int, int]]
 ) -> list[Match]:
     """Say how far each mixer is from the equal terms that a plan asks for; see `Plan.match`."""
     if kind is None:
@@ -87,10 +85,7 @@ def _matches(
         else:
             key = f"{run.mixers} {run.model.width} {run.task.input_length}"
             if key not in layers:
-                states = [
-                    model.mixer_size(m, run.model.width, run.task.input_length).state
-                    for m in run.mixers
-                ]
+                states = [model.mixer_size(m, run.model.width, run.task.input_length).state for m in run.mixers]
                 layers[key] = round(sum(states) / len(states))
             size, wanted = layers[key], STATE_PER_LAYER
         match = Match(run.mixer, kind, wanted, size)

@@ -77,9 +77,13 @@ def train(
 
 
 def _train(
-    run: RunConfig, folder: RunFolder, device: str, environment: dict[str, str] | None,
-    stop: Callable[[], bool], look: Look | None,
-) -> Result:  # fmt: skip
+    run: RunConfig,
+    folder: RunFolder,
+    device: str,
+    environment: dict[str, str] | None,
+    stop: Callable[[], bool],
+    look: Look | None,
+) -> Result:
     loop = Loop(run, folder, torch.device(device), look)
     status, stopped = "finished", None
     try:
@@ -105,8 +109,7 @@ def _train(
         spent={what: round(seconds, 4) for what, seconds in loop.spent.items()},
         data_digest=loop.data.digest,
         probes=probes,
-        environment=(environment or {})
-        | {"backends": " ".join(sorted(loop.stepper.backends)), "step": loop.form},
+        environment=(environment or {}) | {"backends": " ".join(sorted(loop.stepper.backends)), "step": loop.form},
         started=loop.started,
         ended=now(),
     )
@@ -143,15 +146,11 @@ class Loop:
         look: Taken of the model now and then, and logged.
     """
 
-    def __init__(
-        self, run: RunConfig, folder: RunFolder, device: torch.device, look: Look | None = None
-    ):
+    def __init__(self, run: RunConfig, folder: RunFolder, device: torch.device, look: Look | None = None):
         self._begun = self._saved = time.perf_counter()
         self.run, self.folder, self.device = run, folder, device
         randomness.seed(run.seed)
-        self.data = data_cache.load(
-            folder.path.parent / data_cache.FOLDER, run.task, run.seed, run.data
-        )
+        self.data = data_cache.load(folder.path.parent / data_cache.FOLDER, run.task, run.seed, run.data)
         self.splits = {
             split: _tensors(getattr(self.data, split), run.train.loss if split == "train" else "")
             for split in data.SPLITS
@@ -160,9 +159,7 @@ class Loop:
         self.spent = {"data": time.perf_counter() - self._begun}  # seconds beside training steps
         self.model = model.build(run).to(device)
         self.form = step.form(device)
-        self.stepper = step.FORMS[self.form](
-            self.model, run.train, run.optim, *self.splits["train"]
-        )
+        self.stepper = step.FORMS[self.form](self.model, run.train, run.optim, *self.splits["train"])
         self.optimizer = self.stepper.optimizer
         self.spent["model"] = time.perf_counter() - self._begun - self.spent["data"]
         self.step = 0
@@ -296,8 +293,7 @@ class Loop:
         if train.stop_at is not None and reached >= train.stop_at:
             name = train.stop_metric.replace("_", " ")
             self.stopped = (
-                f"solved: {train.select_split} {name} {reached:.4f} "
-                f"reached {train.stop_at} at step {self.step}"
+                f"solved: {train.select_split} {name} {reached:.4f} reached {train.stop_at} at step {self.step}"
             )
 
     def _look_due(self) -> bool:
@@ -410,9 +406,7 @@ class Loop:
             self.spent[what] = self.spent.get(what, 0.0) + seconds
 
 
-_COUNTERS = (
-    "step", "started", "train_seconds", "pending_seconds", "steps_to_90", "chosen_step", "stopped",
-)  # fmt: skip
+_COUNTERS = ("step", "started", "train_seconds", "pending_seconds", "steps_to_90", "chosen_step", "stopped")
 
 
 def _tensors(examples: data.Examples, loss: str) -> tuple[Tensor, Tensor]:

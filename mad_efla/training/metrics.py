@@ -24,9 +24,7 @@ class Tally:
         # Sequences with all answers right, and with any answer wanted.
         self.sequences = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def add(
-        self, logits: Float[Tensor, "n V"], targets: Int[Tensor, "n"], rows: Int[Tensor, "n"]
-    ) -> None:
+    def add(self, logits: Float[Tensor, "n V"], targets: Int[Tensor, "n"], rows: Int[Tensor, "n"]) -> None:
         """Count one batch of scored positions; an answer that is not finite is wrong.
 
         Args:

@@ -140,18 +140,14 @@ class Backbone(nn.Module):
         length: Positions of an input, L; only a model with learned positions needs it.
     """
 
-    def __init__(
-        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None = None
-    ):
+    def __init__(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None = None):
         super().__init__()
         self.stack = self.body(vocabulary, mixers, config, length)
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, vocabulary)
         nn.init.zeros_(self.head.bias)
 
-    def body(
-        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None
-    ) -> Stack | BareStack:
+    def body(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None) -> Stack | BareStack:
         """Build what turns inputs into vectors."""
         del length
         return Stack(TokenEmbedding(vocabulary, config.width), mixers, config)
@@ -162,9 +158,7 @@ class Backbone(nn.Module):
         return [layer for layer in self.stack.layers if isinstance(layer, Mixer)]
 
     def forward(
-        self,
-        inputs: Num[Tensor, "B L"],
-        scored: Bool[Tensor, "B L"] | Int[Tensor, "B K"] | None = None,
+        self, inputs: Num[Tensor, "B L"], scored: Bool[Tensor, "B L"] | Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "... V"]:
         """Return logits at every position, or as `[n, V]` at the scored ones only.
 
@@ -198,15 +192,12 @@ class AutoEncoder(Backbone):
     about the sequence went through one vector of width D.
     """
 
-    def __init__(
-        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None = None
-    ):
+    def __init__(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None = None):
         super().__init__(vocabulary, mixers, config, length)
         D, eps = config.width, config.norm_eps
         self.decoder = nn.Sequential(
-            RMSNorm(D, eps=eps), nn.Linear(D, D), nn.GELU(),
-            RMSNorm(D, eps=eps), nn.Linear(D, D), nn.GELU(),
-        )  # fmt: skip
+            RMSNorm(D, eps=eps), nn.Linear(D, D), nn.GELU(), RMSNorm(D, eps=eps), nn.Linear(D, D), nn.GELU()
+        )
         for linear in (*self.decoder, self.head):
             if isinstance(linear, nn.Linear):
                 nn.init.normal_(linear.weight, std=0.02)
@@ -225,9 +216,7 @@ class AutoEncoder(Backbone):
 class Classifier(Backbone):
     """Inputs are real numbers at learned positions; the task reads the last one."""
 
-    def body(
-        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None
-    ) -> Stack | BareStack:
+    def body(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None) -> Stack | BareStack:
         """Build a stack on values."""
         assert length is not None
         return Stack(ValueEmbedding(length, config.width), mixers, config)
@@ -236,15 +225,11 @@ class Classifier(Backbone):
 class BareClassifier(Backbone):
     """The body of the EFLA authors' experiment on sequential MNIST."""
 
-    def __init__(
-        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None = None
-    ):
+    def __init__(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None = None):
         super().__init__(vocabulary, mixers, config, length)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
-    def body(
-        self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None
-    ) -> Stack | BareStack:
+    def body(self, vocabulary: int, mixers: list[Mixer], config: ModelConfig, length: int | None) -> Stack | BareStack:
         """Build a stack without residual and norm."""
         assert length is not None
         if config.channel != "none":

@@ -23,9 +23,7 @@ State = dict[str, Any]
 def lent() -> Iterator[None]:
     """Set the process's switches to their defaults; put them and the generators back afterwards."""
     before = state()
-    grad, dtype, threads = (
-        torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
-    )  # fmt: skip
+    grad, dtype, threads = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
     try:

@@ -46,9 +46,15 @@ class Plain:
     """
 
     def __init__(
-        self, module: nn.Module, train: TrainConfig, optim: OptimConfig, inputs: Tensor,
-        targets: Tensor, *, capturable: bool = False,
-    ):  # fmt: skip
+        self,
+        module: nn.Module,
+        train: TrainConfig,
+        optim: OptimConfig,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        capturable: bool = False,
+    ):
         self.module, self.optim = module, optim
         self.half = train.precision == "bfloat16"
         self.inputs, self.targets = inputs, targets
@@ -91,15 +97,12 @@ class Plain:
         self.backends |= ran
         return loss.detach()
 
-    def loss(
-        self, module: Callable[..., Tensor], inputs: Tensor, scored: Tensor, answers: Tensor
-    ) -> Tensor:
+    def loss(self, module: Callable[..., Tensor], inputs: Tensor, scored: Tensor, answers: Tensor) -> Tensor:
         """Return the mean cross-entropy of a batch, in float32 or wider."""
         # Casts are kept for one forward; in a graph they must be made anew by each replay.
         with torch.autocast(
-            inputs.device.type, dtype=torch.bfloat16, enabled=self.half,
-            cache_enabled=not isinstance(self, Static),
-        ):  # fmt: skip
+            inputs.device.type, dtype=torch.bfloat16, enabled=self.half, cache_enabled=not isinstance(self, Static)
+        ):
             logits = module(inputs, scored)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(wide, answers, ignore_index=IGNORE)
@@ -108,10 +111,7 @@ class Plain:
 class Static(Plain):
     """A step whose shapes follow from the number of rows alone; arguments as of `Plain`."""
 
-    def __init__(
-        self, module: nn.Module, train: TrainConfig, optim: OptimConfig, inputs: Tensor,
-        targets: Tensor,
-    ):  # fmt: skip
+    def __init__(self, module: nn.Module, train: TrainConfig, optim: OptimConfig, inputs: Tensor, targets: Tensor):
         cuda = inputs.device.type == "cuda"
         super().__init__(module, train, optim, inputs, targets, capturable=cuda)
         # float32: the device's AdamW reads no other.
@@ -195,8 +195,7 @@ class Graph(Static):
             raise  # is no fault of the step
         except RuntimeError as error:
             raise RuntimeError(
-                f"this step cannot be captured as a CUDA graph ({error}); {VARIABLE}=plain trains "
-                "without"
+                f"this step cannot be captured as a CUDA graph ({error}); {VARIABLE}=plain trains without"
             ) from error
         n = len(weights)
         off = (
@@ -270,15 +269,10 @@ def _adamw(module: nn.Module, config: OptimConfig, capturable: bool) -> torch.op
     """AdamW that decays matrices only, or everything, see `OptimConfig.decay`."""
     parameters, every = list(module.parameters()), config.decay == "all"
     groups = [
-        {
-            "params": [p for p in parameters if every or p.ndim >= 2],
-            "weight_decay": config.weight_decay,
-        },
+        {"params": [p for p in parameters if every or p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if not every and p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, fused=True, capturable=capturable
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True, capturable=capturable)
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:

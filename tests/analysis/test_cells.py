@@ -50,17 +50,16 @@ def test_one_seed_has_no_interval_and_intervals_stay_in_range():
 
 def test_the_best_comes_first_within_each_setting():
     easy = [tiny(setting="easy"), tiny(setting="easy", mixers=["attention"])]
-    hard = [
-        tiny(setting="hard", task__seq_len=14),
-        tiny(setting="hard", task__seq_len=14, mixers=["attention"]),
-    ]
+    hard = [tiny(setting="hard", task__seq_len=14), tiny(setting="hard", task__seq_len=14, mixers=["attention"])]
     values = dict(zip([r.fingerprint for r in easy + hard], [0.1, 0.9, 0.4, 0.3], strict=True))
     results = {r.fingerprint: done(r, 0.5, values[r.fingerprint]) for r in easy + hard}
     lines = table(hard + easy, results)
     assert [(m.setting, m.mixer) for m in lines] == [
-        ("hard", "efla(heads=2)"), ("hard", "attention"),
-        ("easy", "attention"), ("easy", "efla(heads=2)"),
-    ]  # fmt: skip
+        ("hard", "efla(heads=2)"),
+        ("hard", "attention"),
+        ("easy", "attention"),
+        ("easy", "efla(heads=2)"),
+    ]
 
 
 def test_divergence_counts_against_a_grid_point_and_is_named():
@@ -68,9 +67,7 @@ def test_divergence_counts_against_a_grid_point_and_is_named():
     results = {r.fingerprint: done(r, 0.6, 0.6) for r in runs[0.01]}
     first, second = runs[0.02]
     results[first.fingerprint] = done(first, 0.9, 0.9)
-    results[second.fingerprint] = result(
-        second.fingerprint, status="diverged", test=None, validation=None
-    )
+    results[second.fingerprint] = result(second.fingerprint, status="diverged", test=None, validation=None)
     (line,) = table(runs[0.01] + runs[0.02], results)
     assert line.point == {"optim.lr": 0.01}  # 0.9 and a divergence average to 0.45
     assert line.missing == "1 diverged"
@@ -87,9 +84,7 @@ def test_a_mixer_that_only_diverged_is_shown_as_such():
 def test_a_seed_that_diverged_counts_as_zero():
     runs = [tiny(seed=s) for s in (0, 1)]
     results = {runs[0].fingerprint: done(runs[0], 0.8, 0.8)}
-    results[runs[1].fingerprint] = result(
-        runs[1].fingerprint, status="diverged", test=None, validation=None
-    )
+    results[runs[1].fingerprint] = result(runs[1].fingerprint, status="diverged", test=None, validation=None)
     (line,) = table(runs, results)
     assert line.accuracy.mean == 0.4
     assert line.seeds == [0, 1]
@@ -115,10 +110,7 @@ def test_missing_runs_are_counted():
 def test_steps_to_90_is_a_median_that_knows_of_runs_that_never_got_there():
     def median(*steps):
         runs = [tiny(seed=i) for i in range(len(steps))]
-        results = {
-            r.fingerprint: done(r, 0.5, 0.5, steps_to_90=s)
-            for r, s in zip(runs, steps, strict=True)
-        }
+        results = {r.fingerprint: done(r, 0.5, 0.5, steps_to_90=s) for r, s in zip(runs, steps, strict=True)}
         return table(runs, results)[0].steps_to_90
 
     assert median(10, 30) == 20
@@ -132,28 +124,20 @@ def test_a_point_that_lacks_seeds_is_not_chosen_over_one_that_has_them_all():
     results = {r.fingerprint: done(r, 0.8, 0.8) for r in whole}
     results[part[0].fingerprint] = done(part[0], 0.95, 0.95)
     (cell,) = table(whole + part, results)
-    assert (cell.point, cell.seeds, cell.missing) == (
-        {"optim.lr": 0.01},
-        [0, 1, 2, 3, 4],
-        "4 missing",
-    )
+    assert (cell.point, cell.seeds, cell.missing) == ({"optim.lr": 0.01}, [0, 1, 2, 3, 4], "4 missing")
 
 
 def test_what_is_no_field_of_the_optimiser_is_another_cell_whatever_it_is_called():
     runs = [tiny(model__width=16), tiny(model__width=32)]
     results = {r.fingerprint: done(r, v, v) for r, v in zip(runs, (0.5, 0.9), strict=True)}
     found = table(runs, results)
-    assert [(c.setting, c.accuracy.mean) for c in found] == [
-        ("baseline, width=16", 0.5), ("baseline, width=32", 0.9),
-    ]  # fmt: skip
+    assert [(c.setting, c.accuracy.mean) for c in found] == [("baseline, width=16", 0.5), ("baseline, width=32", 0.9)]
 
 
 def test_two_plans_that_name_one_setting_differently_pair():
     runs = [tiny(setting="hard"), tiny(setting="seq_len=12", mixers=["attention"])]
     results = {r.fingerprint: done(r, 0.5, 0.5) for r in runs}
-    assert [(c.setting, c.mixer) for c in table(runs, results)] == [
-        ("hard", "efla(heads=2)"), ("hard", "attention"),
-    ]  # fmt: skip
+    assert [(c.setting, c.mixer) for c in table(runs, results)] == [("hard", "efla(heads=2)"), ("hard", "attention")]
 
 
 def test_only_points_that_every_mixer_was_given_are_chosen_among():
@@ -163,10 +147,7 @@ def test_only_points_that_every_mixer_was_given_are_chosen_among():
     results = {r.fingerprint: done(r, v, v) for r, v in zip(efla + other, values, strict=True)}
     first, second = table(efla + other, results)
     assert (first.mixer, first.accuracy.mean) == ("efla(heads=2)", 0.6)
-    assert (
-        first.note
-        == "one seed has no interval; 1 grid point left out that not every mixer was given"
-    )
+    assert first.note == "one seed has no interval; 1 grid point left out that not every mixer was given"
     assert second.note == "one seed has no interval"
 
 

@@ -30,15 +30,28 @@ def result_of(run, probes=FALLING, validation=0.9):
     scores = lambda value: Scores(loss=1.0, token_accuracy=value, macro_accuracy=value)  # noqa: E731
     ended = probes is not None
     return Result(
-        fingerprint=run.fingerprint, status="finished" if ended else "diverged",
-        test=scores(0.8) if ended else None, validation=scores(validation) if ended else None,
-        chosen_step=1, steps=1, stopped=None, steps_to_90=None, parameters=1, state_size=1,
-        seconds=1.0, train_seconds=1.0, data_digest="d", environment=ENVIRONMENT, started=0, ended=1,
+        fingerprint=run.fingerprint,
+        status="finished" if ended else "diverged",
+        test=scores(0.8) if ended else None,
+        validation=scores(validation) if ended else None,
+        chosen_step=1,
+        steps=1,
+        stopped=None,
+        steps_to_90=None,
+        parameters=1,
+        state_size=1,
+        seconds=1.0,
+        train_seconds=1.0,
+        data_digest="d",
+        environment=ENVIRONMENT,
+        started=0,
+        ended=1,
         probes=tuple(
             ProbeScore(name=name, severity=s, accuracy=a, finite=1.0)
-            for name, at in (probes or {}).items() for s, a in at.items()
+            for name, at in (probes or {}).items()
+            for s, a in at.items()
         ),
-    )  # fmt: skip
+    )
 
 
 def arms_of(runs, results):
@@ -47,11 +60,7 @@ def arms_of(runs, results):
 
 @pytest.mark.parametrize(
     ("severities", "accuracy", "expected"),
-    [
-        ([0.0, 1.0], [1.0, 0.0], 0.5),
-        ([1.0, 2.0, 10.0], [1.0, 0.5, 0.5], (0.75 + 4) / 9),
-        ([3.0], [0.4], 0.4),
-    ],
+    [([0.0, 1.0], [1.0, 0.0], 0.5), ([1.0, 2.0, 10.0], [1.0, 0.5, 0.5], (0.75 + 4) / 9), ([3.0], [0.4], 0.4)],
 )
 def test_the_area_is_the_mean_over_the_range(severities, accuracy, expected):
     assert corruption.area(severities, accuracy) == pytest.approx(expected)
@@ -119,10 +128,19 @@ def write_runs(out, runs, made):
         folder = RunFolder(out, run.fingerprint)
         folder.create(run)
         folder.finish(result)
-    write_sweep(out, SweepRecord(
-        id="s", task="smnist", plan="toy", protocol="custom", command="mad-efla sweep",
-        fingerprints=tuple(r.fingerprint for r in runs), started=0, ended=1,
-    ))  # fmt: skip
+    write_sweep(
+        out,
+        SweepRecord(
+            id="s",
+            task="smnist",
+            plan="toy",
+            protocol="custom",
+            command="mad-efla sweep",
+            fingerprints=tuple(r.fingerprint for r in runs),
+            started=0,
+            ended=1,
+        ),
+    )
 
 
 def test_the_results_page_and_the_report_show_areas_and_halves(tmp_path, monkeypatch):
@@ -208,14 +226,23 @@ def test_what_cannot_be_taken_apart_is_said(subject, toy, tmp_path):  # noqa: F8
 
 
 def test_the_command_draws_and_prints(toy, tmp_path):  # noqa: F811
-    runs = [classify(seed=s, mixers=[{"name": m}], task__corruptions={"intensity": [1, 20]},
-                     train__steps=20) for m in ("plain_efla", "linear_attention") for s in (0, 1)]  # fmt: skip
+    runs = [
+        classify(seed=s, mixers=[{"name": m}], task__corruptions={"intensity": [1, 20]}, train__steps=20)
+        for m in ("plain_efla", "linear_attention")
+        for s in (0, 1)
+    ]
     made = [trained(run, tmp_path)[0] for run in runs]
     write_runs(tmp_path / "runs", runs, made)
-    done = call("causes", str(tmp_path / "runs"), "--to", str(tmp_path / "figures"), "--parts",
-                "erase+write", "--examples", "2")  # fmt: skip
-    for words in ("plain_efla under intensity", "linear_attention under intensity", "erase + write",
-                  "intensity-states.png", "intensity-blame.svg"):  # fmt: skip
+    done = call(
+        "causes", str(tmp_path / "runs"), "--to", str(tmp_path / "figures"), "--parts", "erase+write", "--examples", "2"
+    )
+    for words in (
+        "plain_efla under intensity",
+        "linear_attention under intensity",
+        "erase + write",
+        "intensity-states.png",
+        "intensity-blame.svg",
+    ):
         assert words in done.stdout
     assert (tmp_path / "figures" / "intensity-blame.png").stat().st_size > 5_000
     done = call("causes", str(tmp_path / "runs"), "--mixer", "plain_elfa", code=2)

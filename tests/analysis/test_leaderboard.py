@@ -60,9 +60,7 @@ def test_a_task_score_is_the_mean_over_settings_of_what_validation_chose():
 
 def test_mixers_are_ranked_by_their_mean_and_compared_pairwise():
     found = board(VALUES)
-    assert [(m.mixer, m.rank, m.unranked) for m in found.mixers] == [
-        ("efla", 1, ""), ("deltanet", 2, ""),
-    ]  # fmt: skip
+    assert [(m.mixer, m.rank, m.unranked) for m in found.mixers] == [("efla", 1, ""), ("deltanet", 2, "")]
     (pair,) = found.pairs
     d = pair.difference
     assert (pair.first, pair.second, d.settings, d.seeds) == ("efla", "deltanet", 4, 2)
@@ -136,11 +134,7 @@ def test_a_mixer_without_a_whole_task_has_no_average():
     runs = [cell("efla", 8, 0), cell("deltanet", 8, 0)]
     found = scored(runs, {runs[0].fingerprint: done(runs[0], 0.5, 0.5)})
     deltanet = next(m for m in found.mixers if m.mixer == "deltanet")
-    assert (deltanet.average, deltanet.rank, deltanet.unranked) == (
-        None,
-        None,
-        "no run of it is done",
-    )
+    assert (deltanet.average, deltanet.rank, deltanet.unranked) == (None, None, "no run of it is done")
 
 
 def test_divergence_scores_zero_and_is_named():

@@ -27,11 +27,7 @@ def static_steps(runs, tmp_path):
 
 @pytest.mark.parametrize("mixer", ["efla", "mamba2"])
 def test_stacked_runs_have_the_gradients_and_steps_of_single_ones(tmp_path, mixer):
-    fields = {
-        "mixers": [{"name": mixer, "heads": 2}],
-        "optim__lr": 2.0**-7,
-        "optim__weight_decay": 0.1,
-    }
+    fields = {"mixers": [{"name": mixer, "heads": 2}], "optim__lr": 2.0**-7, "optim__weight_decay": 0.1}
     singles = static_steps([tiny(seed=s, **fields) for s in range(3)], tmp_path)
     stacked = throughput.Stacked(singles)
     before = {name: x.detach().clone() for name, x in stacked.parameters.items()}
@@ -56,10 +52,26 @@ def test_a_norm_of_each_run_is_not_stacked(tmp_path):
 def test_every_way_is_measured_and_a_plan_estimated(files):
     done = CliRunner().invoke(
         cli,
-        ["bench", "device", "task.yaml", "--plan", "plan.yaml", "--set", "mixers=[efla]",
-         "--set", "settings=all", "--device", "cpu", "--seconds", "0.01", "--at-once", "2",
-         "--to", "lines.jsonl"],
-    )  # fmt: skip
+        [
+            "bench",
+            "device",
+            "task.yaml",
+            "--plan",
+            "plan.yaml",
+            "--set",
+            "mixers=[efla]",
+            "--set",
+            "settings=all",
+            "--device",
+            "cpu",
+            "--seconds",
+            "0.01",
+            "--at-once",
+            "2",
+            "--to",
+            "lines.jsonl",
+        ],
+    )
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in (files / "lines.jsonl").read_text().splitlines()]
     assert done.output.splitlines() == (files / "lines.jsonl").read_text().splitlines()

@@ -39,9 +39,7 @@ def test_a_sweep_prints_its_table_and_where_things_are(files):
 
 def test_the_same_sweep_again_makes_nothing_and_prints_the_same_table(files, monkeypatch):
     first = call(*SWEEP)
-    monkeypatch.setattr(
-        "mad_efla.execution.attempt.train", lambda *a, **k: pytest.fail("made again")
-    )
+    monkeypatch.setattr("mad_efla.execution.attempt.train", lambda *a, **k: pytest.fail("made again"))
     again = call(*SWEEP)
     assert again.stdout == first.stdout
     assert again.stderr == ""
@@ -51,9 +49,7 @@ def test_adding_a_mixer_makes_only_its_runs(files):
     call(*SWEEP)
     before = {f.path.name: f.result() for f in folders(files)}
     plan = (files / "plan.yaml").read_text()
-    (files / "plan.yaml").write_text(
-        plan.replace("mixers: [", "mixers: [{name: mamba2, heads: 2}, ")
-    )
+    (files / "plan.yaml").write_text(plan.replace("mixers: [", "mixers: [{name: mamba2, heads: 2}, "))
     done = call(*SWEEP)
     assert done.stderr.count("finished") == 2
     assert all(RunFolder(files / "runs", name).result() == r for name, r in before.items())
@@ -92,13 +88,7 @@ def test_a_broken_checkpoint_is_said_and_the_run_made_again(files, monkeypatch):
 
 
 def test_a_server_that_does_not_answer_costs_a_warning(files):
-    done = call(
-        *SWEEP[:-1],
-        "--tracking-uri",
-        "http://127.0.0.1:9",
-        "--set",
-        "mixers=[{name: efla, heads: 2}]",
-    )
+    done = call(*SWEEP[:-1], "--tracking-uri", "http://127.0.0.1:9", "--set", "mixers=[{name: efla, heads: 2}]")
     assert "warning: MLflow at http://127.0.0.1:9 does not answer" in done.stderr
     assert "mad-efla sync" in done.stderr
     assert all(f.status() == "finished" for f in folders(files))
@@ -128,9 +118,7 @@ def test_a_failed_run_is_shown_with_its_traceback_and_status_1(files, monkeypatc
 
 
 def test_divergence_is_a_row_of_the_table_not_a_failure(files):
-    done = call(
-        *SWEEP, "--set", "mixers=[{name: delta, heads: 2, step: euler}]", "--set", "optim.lr=1e4"
-    )
+    done = call(*SWEEP, "--set", "mixers=[{name: delta, heads: 2, step: euler}]", "--set", "optim.lr=1e4")
     assert "diverged" in done.stdout
     assert "loss not finite at step" in done.stderr
 
@@ -141,16 +129,10 @@ def test_divergence_is_a_row_of_the_table_not_a_failure(files):
         (["sweep", "nothing.yaml"], "nothing.yaml: no such file"),
         (["sweep", "."], "is a directory"),
         (["sweep", "task.yaml", "--plan", "nothing"], "no shipped plan of that name"),
-        (
-            ["sweep", "task.yaml", "--set", "optim.rl=1"],
-            "optim.rl: unknown key; did you mean 'lr'?",
-        ),
+        (["sweep", "task.yaml", "--set", "optim.rl=1"], "optim.rl: unknown key; did you mean 'lr'?"),
         (["sweep", "task.yaml", "--device", "tpu"], "'tpu' is not one of"),
         (["sweep", "task.yaml", "--workers", "-1"], "-1 is not in the range"),
-        (
-            ["sweep", "task.yaml", "--plan", "plan.yaml", "--out", "task.yaml/x"],
-            "cannot be written",
-        ),
+        (["sweep", "task.yaml", "--plan", "plan.yaml", "--out", "task.yaml/x"], "cannot be written"),
         (["sweep"], "Missing argument"),
         (["swep"], "No such command 'swep'"),
         (["list", "nothing"], "'nothing' is not one of"),

@@ -33,8 +33,9 @@ def test_the_grid_is_made_on_its_own_seeds_and_one_point_on_the_others(tmp_path,
         finish(tmp_path, run, accuracy)
     found = decided(sweep, tmp_path)
     assert [(r.mixer, r.optim.lr, r.seed) for r in found.runs[6:]] == [
-        ("efla(heads=2)", 3e-2, 0), ("efla(heads=2)", 3e-2, 1),
-    ]  # fmt: skip
+        ("efla(heads=2)", 3e-2, 0),
+        ("efla(heads=2)", 3e-2, 1),
+    ]
     for run, accuracy in zip(deltanet, (0.2, 0.9, 0.1), strict=True):
         finish(tmp_path, run, accuracy)
     found = decided(found, tmp_path)

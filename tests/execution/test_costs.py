@@ -24,16 +24,13 @@ def test_costs_come_from_the_most_similar_runs_seen():
     seen(costs, rate, 20.0)
     assert costs.seconds(seed.fingerprint) == 15.0  # alike: the mean
     per_token = 30.0 / (2 * costs.tokens(done.fingerprint))
-    assert costs.seconds(longer.fingerprint) == pytest.approx(
-        per_token * costs.tokens(longer.fingerprint)
-    )
+    assert costs.seconds(longer.fingerprint) == pytest.approx(per_token * costs.tokens(longer.fingerprint))
     assert costs.seconds(other.fingerprint) == pytest.approx(15.0)  # the median of other mixers
     assert not costs.is_seen(other.fingerprint)
     seen(costs, longer, 100.0)
     assert costs.seconds(longer.fingerprint) == 100.0
     near = costs.seconds(shorter.fingerprint)
-    assert near == pytest.approx(130.0 / 4 * costs.tokens(shorter.fingerprint)
-                                 / costs.tokens(done.fingerprint))  # fmt: skip
+    assert near == pytest.approx(130.0 / 4 * costs.tokens(shorter.fingerprint) / costs.tokens(done.fingerprint))
 
 
 def test_a_run_that_stopped_early_is_cheap_for_its_like_and_not_per_token():
@@ -76,7 +73,5 @@ def test_an_estimate_says_what_it_rests_on(tmp_path):
     folder = RunFolder(tmp_path, runs[0].fingerprint)
     folder.create(runs[0])
     folder.finish(result(folder.fingerprint, seconds=4.0))
-    assert estimate(runs, tmp_path, sizes, 1)[1:] == (
-        1, "rough: from finished runs of other mixers",
-    )  # fmt: skip
+    assert estimate(runs, tmp_path, sizes, 1)[1:] == (1, "rough: from finished runs of other mixers")
     assert estimate(runs[:2], tmp_path, sizes, 1) == (4.0, 1, "from finished runs")

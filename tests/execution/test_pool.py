@@ -81,10 +81,13 @@ def plugin(tmp_path, monkeypatch):
 def run_all(runs, tmp_path, workers=2, **options):
     seen = []
     pool.execute(
-        runs, tmp_path / "runs", device="cpu", workers=workers,
+        runs,
+        tmp_path / "runs",
+        device="cpu",
+        workers=workers,
         watch=lambda events: seen.extend((e.run.fingerprint, e.status) for e in events),
         **options,
-    )  # fmt: skip
+    )
     return seen
 
 
@@ -94,9 +97,7 @@ def test_workers_and_this_process_give_equal_bits(tmp_path):
     assert sum(s == "finished" for _, s in seen) == 3
     pool.execute(runs, tmp_path / "here", device="cpu", workers=0)
     for run in runs:
-        there, here = (
-            RunFolder(tmp_path / name, run.fingerprint).load_model() for name in ("runs", "here")
-        )
+        there, here = (RunFolder(tmp_path / name, run.fingerprint).load_model() for name in ("runs", "here"))
         assert all(torch.equal(there[k], here[k]) for k in here)
 
 
@@ -218,13 +219,8 @@ if __name__ == "__main__":
 def test_stopping_the_driver_stops_the_workers_and_loses_nothing(tmp_path, number):
     (tmp_path / "driver.py").write_text(DRIVER)
     root = str(Path(__file__).parents[2])
-    driver = subprocess.Popen(
-        [sys.executable, "driver.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}
-    )
-    folders = [
-        RunFolder(tmp_path / "runs", tiny(seed=s, train__steps=100_000).fingerprint)
-        for s in range(2)
-    ]
+    driver = subprocess.Popen([sys.executable, "driver.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
+    folders = [RunFolder(tmp_path / "runs", tiny(seed=s, train__steps=100_000).fingerprint) for s in range(2)]
     _wait(lambda: all(f.rows()[0] for f in folders))
     driver.send_signal(number)
     code = driver.wait(30)
@@ -238,15 +234,14 @@ def test_stopping_the_driver_stops_the_workers_and_loses_nothing(tmp_path, numbe
 
 def test_ctrl_c_again_does_not_wait_for_a_step_that_hangs(tmp_path, plugin):
     (tmp_path / "driver.py").write_text(
-        DRIVER.replace("tiny(seed=s, train__steps=100_000) for s in range(2)",
-                       "tiny(mixers=[{'name': 'broken:Hangs', 'heads': 2}])")
-        .replace("workers=2", "workers=1")
-    )  # fmt: skip
+        DRIVER.replace(
+            "tiny(seed=s, train__steps=100_000) for s in range(2)",
+            "tiny(mixers=[{'name': 'broken:Hangs', 'heads': 2}])",
+        ).replace("workers=2", "workers=1")
+    )
     root = str(Path(__file__).parents[2])
     path = f"{tmp_path}{os.pathsep}{root}"
-    driver = subprocess.Popen(
-        [sys.executable, "driver.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
-    )
+    driver = subprocess.Popen([sys.executable, "driver.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path})
     folder = RunFolder(tmp_path / "runs", broken("Hangs").fingerprint)
     _wait(lambda: folder.status() == "running")
     driver.send_signal(signal.SIGINT)

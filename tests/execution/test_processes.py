@@ -41,12 +41,9 @@ def driver(tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER.replace("100_000", "2_000"))
     root = str(Path(__file__).parents[2])
     driver = subprocess.Popen(
-        [sys.executable, "driver.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root},
-        start_new_session=True,
-    )  # fmt: skip
-    driver.folders = [
-        RunFolder(tmp_path / "runs", tiny(seed=s, train__steps=2_000).fingerprint) for s in range(2)
-    ]
+        [sys.executable, "driver.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, start_new_session=True
+    )
+    driver.folders = [RunFolder(tmp_path / "runs", tiny(seed=s, train__steps=2_000).fingerprint) for s in range(2)]
     _wait(lambda: all(f.rows()[0] for f in driver.folders))
     yield driver
     driver.kill()

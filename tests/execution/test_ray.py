@@ -36,8 +36,7 @@ def nodes():
     utils = pytest.importorskip("ray.cluster_utils")  # only now: it reads them once
     quick = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}
     cluster = utils.Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "_system_config": quick, "include_dashboard": False},
+        initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": quick, "include_dashboard": False}
     )
     os.environ["RAY_ADDRESS"] = cluster.address
     try:
@@ -67,8 +66,11 @@ def start(*more, executor="ray", folder=None):
     sets = [word for text in SETS for word in ("--set", text)]
     return subprocess.Popen(
         [Path(sys.executable).with_name("mad-efla"), *command, "--executor", executor, *sets, *more],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+    )
 
 
 def end(driver, code=0):
@@ -176,9 +178,7 @@ def test_without_a_shared_folder_the_files_come_home(nodes, runs, quiet, monkeyp
     assert begun.failure().kind == "interrupted"
     monkeypatch.setattr(ray, "_probe", nowhere)
     seen = []
-    choose("ray").perform(
-        Work(runs, Path("there"), Costs(runs)), watch=lambda events: seen.extend(events)
-    )
+    choose("ray").perform(Work(runs, Path("there"), Costs(runs)), watch=lambda events: seen.extend(events))
     assert sorted(e.run.fingerprint for e in seen) == sorted(r.fingerprint for r in runs)
     assert {e.status for e in seen} == {"finished"}
     assert_made_once_with_equal_bits(runs, quiet)

@@ -23,12 +23,15 @@ from tests.plan.test_expand import expanded, refused
 from tests.runs.test_folder import result
 from tests.tiny import PLAN
 
-SEARCH = PLAN.replace("[0, 1]", "[0]").replace("protocol: custom", "") + """
+SEARCH = (
+    PLAN.replace("[0, 1]", "[0]").replace("protocol: custom", "")
+    + """
 search:
   method: tpe
   trials: 12
   over: {optim.lr: {log: [1e-5, 1e-1]}, optim.betas: {choice: [[0.9, 0.99], [0.9, 0.999]]}}
-"""  # fmt: skip
+"""
+)
 PRUNED = SEARCH + "prune: hyperband\n"
 
 
@@ -55,9 +58,15 @@ def explore(tmp_path, plan=SEARCH, out="runs", stop_after=None, retry_failed=Fal
     folder = tmp_path / out
     known = {r.id: r for r in read_sweeps(folder)}
     record = known.get(found.id) or SweepRecord(
-        id=found.id, task=found.task, plan=found.plan, protocol=found.protocol, command="",
-        fingerprints=(), started=1, ended=None,
-    )  # fmt: skip
+        id=found.id,
+        task=found.task,
+        plan=found.plan,
+        protocol=found.protocol,
+        command="",
+        fingerprints=(),
+        started=1,
+        ended=None,
+    )
     work = search.Explore(found, record, folder, Costs([]), retry_failed=retry_failed)
     seen = []
 
@@ -123,8 +132,7 @@ def test_points_that_cannot_be_built_or_were_had_are_passed_over(tmp_path, learn
 
 
 def test_depth_can_be_searched_and_a_trial_whose_folder_is_gone_is_made_anew(tmp_path, learns):
-    plan = SEARCH.replace("optim.betas: {choice: [[0.9, 0.99], [0.9, 0.999]]}",
-                          "model.depth: {integer: [1, 2]}")  # fmt: skip
+    plan = SEARCH.replace("optim.betas: {choice: [[0.9, 0.99], [0.9, 0.999]]}", "model.depth: {integer: [1, 2]}")
     runs = explore(tmp_path, plan, search__trials=4)
     assert {r.model.depth for r in runs} == {1, 2}
     shutil.rmtree(tmp_path / "runs" / runs[2].fingerprint)
@@ -170,7 +178,7 @@ def test_a_sweep_that_searches_prints_its_best_and_goes_on_in_workers(files):
         (SEARCH.replace("optim.lr", "optim.rl"), "optim.rl: unknown key; did you mean 'lr'?"),
         (SEARCH.replace("[1e-5, 1e-1]", "[1, 0.1]"), "must rise from low to high"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_refused(tmp_path, plan, message):
     assert message in refused(tmp_path, plan=plan)
 

@@ -21,10 +21,7 @@ from tests.tiny import tiny
 
 def _answers():
     """Tell whether a Slurm cluster can be reached from here."""
-    return (
-        bool(shutil.which("sinfo"))
-        and not subprocess.run(["sinfo"], capture_output=True).returncode
-    )
+    return bool(shutil.which("sinfo")) and not subprocess.run(["sinfo"], capture_output=True).returncode
 
 
 real = pytest.mark.skipif("not _answers()", reason="there is no Slurm here")
@@ -66,21 +63,15 @@ def test_a_job_is_lost_when_it_was_away_from_the_queue_twice_in_a_row(queue, mon
 
 
 @pytest.mark.cluster
-@pytest.mark.filterwarnings(
-    "ignore::ResourceWarning"
-)  # submitit leaves its processes to the collector
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # submitit leaves its processes to the collector
 def test_jobs_and_this_process_give_equal_bits(tmp_path, slurm):
     runs = [tiny(seed=s) for s in range(2)]
     seen = []
     slurm.perform(Work(runs, tmp_path / "jobs", Costs(runs)), watch=seen.extend)
-    assert {e.run.fingerprint for e in seen if e.status == "finished"} == {
-        r.fingerprint for r in runs
-    }
+    assert {e.run.fingerprint for e in seen if e.status == "finished"} == {r.fingerprint for r in runs}
     pool.execute(runs, tmp_path / "here", device="cpu", workers=0)
     for run in runs:
-        ours, theirs = (
-            RunFolder(tmp_path / name, run.fingerprint).load_model() for name in ("jobs", "here")
-        )
+        ours, theirs = (RunFolder(tmp_path / name, run.fingerprint).load_model() for name in ("jobs", "here"))
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
@@ -118,16 +109,12 @@ def test_on_a_real_cluster_a_killed_job_is_told_of_and_made_again(tmp_path, monk
 
     def kill_once_begun(events):
         if folder.rows()[0]:
-            subprocess.run(
-                ["scancel", "--signal=KILL", *(f"{job}.0" for job in _queued(tmp_path))],
-                check=False,
-            )
+            subprocess.run(["scancel", "--signal=KILL", *(f"{job}.0" for job in _queued(tmp_path))], check=False)
 
     for watch in (kill_once_begun, lambda events: None):
         slurm.Slurm("cpu", 2, 1).perform(
-            Work([run], tmp_path, Costs([run])), watch=watch,
-            deadline=time.monotonic() + 120,
-        )  # fmt: skip
+            Work([run], tmp_path, Costs([run])), watch=watch, deadline=time.monotonic() + 120
+        )
         if watch is kill_once_begun:
             assert folder.failure().transient
             assert "died; see the end of" in folder.failure().reason

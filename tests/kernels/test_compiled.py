@@ -86,12 +86,10 @@ def test_gradients_that_repeat_one_number_are_read_as_such(operator, expanded):
     else:
         outputs = call(*leaves, output_final_state=True, backend="numba")
     dense = [torch.ones_like(y) for y in outputs]
-    repeated = [torch.ones(()).expand_as(y) if i in expanded else d
-                for i, (y, d) in enumerate(zip(outputs, dense, strict=True))]  # fmt: skip
-    found, want = (
-        torch.autograd.grad(outputs, leaves, slopes, retain_graph=True)
-        for slopes in (repeated, dense)
-    )
+    repeated = [
+        torch.ones(()).expand_as(y) if i in expanded else d for i, (y, d) in enumerate(zip(outputs, dense, strict=True))
+    ]
+    found, want = (torch.autograd.grad(outputs, leaves, slopes, retain_graph=True) for slopes in (repeated, dense))
     assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
 
 
@@ -159,14 +157,11 @@ def test_a_change_of_the_row_operations_is_not_answered_from_disk(tmp_path):
         "    store(x, 0, mul(load(x, 0), load(x, 0)))\n"
     )
     script = (
-        "import numpy, loop; x = numpy.full(32, 3.0); loop.run(x);"
-        "print(x[0], sum(loop.run.stats.cache_hits.values()))"
+        "import numpy, loop; x = numpy.full(32, 3.0); loop.run(x);print(x[0], sum(loop.run.stats.cache_hits.values()))"
     )
     seen = []
     for operation in ("fmul", "fmul", "fadd"):
-        (tmp_path / "lanes.py").write_text(
-            lanes.replace("builder.fmul(*", f"builder.{operation}(*")
-        )
+        (tmp_path / "lanes.py").write_text(lanes.replace("builder.fmul(*", f"builder.{operation}(*"))
         command = [sys.executable, "-c", script]
         environment = {"PYTHONPATH": str(tmp_path), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -28,9 +28,13 @@ def inputs(operator, *, stack=(), dtype=torch.float64):
     scalar = (B, L, H)
     if operator == "ssd":
         return [
-            normal(*scalar, DV), uniform(*scalar), -uniform(H), normal(B, L, 1, DK),
-            normal(B, L, 1, DK), normal(B, H, DK, DV),
-        ]  # fmt: skip
+            normal(*scalar, DV),
+            uniform(*scalar),
+            -uniform(H),
+            normal(B, L, 1, DK),
+            normal(B, L, 1, DK),
+            normal(B, H, DK, DV),
+        ]
     tensors = [normal(*scalar, DK), normal(*scalar, DK) / 2, normal(*scalar, DV), uniform(*scalar)]
     if operator == "gated_delta_rule":
         tensors.append(-uniform(*scalar))

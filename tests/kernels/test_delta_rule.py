@@ -87,15 +87,7 @@ def reference(tensors, operator=mk.delta_rule):
 def test_the_reference_is_the_equation():
     q, k, v, erase, write, log_decay, S = inputs(6)
     o, final = mk.delta_rule(
-        q,
-        k,
-        v,
-        erase,
-        write,
-        log_decay,
-        initial_state=S,
-        output_final_state=True,
-        backend="reference",
+        q, k, v, erase, write, log_decay, initial_state=S, output_final_state=True, backend="reference"
     )
     state = S[1, 2]
     for t in range(6):
@@ -267,15 +259,11 @@ def test_entries_of_the_inverse_stay_at_most_one(kind, C):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck_with_zero_keys_and_zero_erase(backend, decay):
     q, k, v, erase, write, log_decay, S = (
-        None if x is None else x[:1, ..., :1, :2] if x.dim() == 4 else x[:1, ..., :1]
-        for x in inputs(5, decay=decay)
+        None if x is None else x[:1, ..., :1, :2] if x.dim() == 4 else x[:1, ..., :1] for x in inputs(5, decay=decay)
     )
     S = inputs(5)[-1][:1, :1, :2, :2]
     k[:, 1], erase[:, 2], write[:, 3] = 0, 0, 0
-    leaves = [
-        None if x is None else x.clone().requires_grad_()
-        for x in (q, k, v, erase, write, log_decay, S)
-    ]
+    leaves = [None if x is None else x.clone().requires_grad_() for x in (q, k, v, erase, write, log_decay, S)]
 
     def operator(q, k, v, erase, write, log_decay, S):
         options = {"initial_state": S, "output_final_state": True, "backend": backend}
@@ -320,9 +308,7 @@ def test_a_loss_on_the_final_state_alone_has_gradients(backend):
     got = run(last_state, tensors, backend=backend)
     leaves = [x.clone().requires_grad_() for x in tensors]
     *arguments, S = leaves
-    _, final = mk.delta_rule(
-        *arguments, initial_state=S, output_final_state=True, backend="reference"
-    )
+    _, final = mk.delta_rule(*arguments, initial_state=S, output_final_state=True, backend="reference")
     g = generator(99)
     torch.randn(B, 20, H, DV, generator=g, dtype=torch.float64)
     weight = torch.randn(final.shape, generator=g, dtype=torch.float64)
@@ -351,9 +337,7 @@ def test_strided_inputs_give_the_same_bytes(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "shape", [(2, 0, 3, 4, 5), (0, 7, 3, 4, 5), (2, 7, 0, 4, 5), (2, 7, 3, 0, 5), (2, 7, 3, 4, 0)]
-)
+@pytest.mark.parametrize("shape", [(2, 0, 3, 4, 5), (0, 7, 3, 4, 5), (2, 7, 0, 4, 5), (2, 7, 3, 0, 5), (2, 7, 3, 4, 0)])
 def test_empty_inputs_work(shape, backend):
     b, L, h, Dk, Dv = shape
     shapes = [(b, L, h, Dk), (b, L, h, Dk), (b, L, h, Dv), (b, L, h), (b, L, h), (b, L, h)]
@@ -471,9 +455,7 @@ def test_gradcheck_of_members_with_a_zero_key(member):
     # Kaczmarz bends at |k| = 1e-3, too sharp for a finite difference at zero.
     if member == "kaczmarz":
         leaves[1].data[:, 1] = 0.3
-    assert torch.autograd.gradcheck(
-        lambda *x: getattr(mk, member)(*x, chunk=3)[0], leaves, **options
-    )
+    assert torch.autograd.gradcheck(lambda *x: getattr(mk, member)(*x, chunk=3)[0], leaves, **options)
 
 
 def test_unit_keys_softplus_and_exact_step_are_the_delta_rule_with_sigmoid():
@@ -589,16 +571,9 @@ def test_stable_members_never_let_the_state_grow():
     q, k, v, beta, S = family_inputs(200, "spread", dtype=torch.float32)
     for member in FREE:
         _, final = getattr(mk, member)(
-            q,
-            k,
-            0 * v,
-            50 * beta if member != "kaczmarz" else beta,
-            initial_state=S,
-            output_final_state=True,
+            q, k, 0 * v, 50 * beta if member != "kaczmarz" else beta, initial_state=S, output_final_state=True
         )
-        assert (
-            torch.linalg.matrix_norm(final, 2) <= torch.linalg.matrix_norm(S, 2) * (1 + 1e-5)
-        ).all()
+        assert (torch.linalg.matrix_norm(final, 2) <= torch.linalg.matrix_norm(S, 2) * (1 + 1e-5)).all()
 
 
 def test_unknown_steps_are_refused():
@@ -671,10 +646,7 @@ def test_steps_of_loops_and_of_torch_agree(step, monkeypatch):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_long_sequences_keep_the_error_flat(backend):
-    tensors = [
-        x[:1, :, :1] if x.dim() > 2 else x
-        for x in inputs(2048, dtype=torch.float32, decay=True)[:6]
-    ]
+    tensors = [x[:1, :, :1] if x.dim() > 2 else x for x in inputs(2048, dtype=torch.float32, decay=True)[:6]]
     o, _ = mk.delta_rule(*tensors, backend=backend)
     want, _ = mk.delta_rule(*wide(tensors), backend="chunked", chunk=64)
     assert relative(o, want) < 2e-6

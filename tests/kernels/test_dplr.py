@@ -430,9 +430,7 @@ def test_strided_inputs_give_the_same_bytes(backend):
 
 @corrections
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "shape", [(2, 0, 3, 4, 5), (0, 7, 3, 4, 5), (2, 7, 0, 4, 5), (2, 7, 3, 0, 5), (2, 7, 3, 4, 0)]
-)
+@pytest.mark.parametrize("shape", [(2, 0, 3, 4, 5), (0, 7, 3, 4, 5), (2, 7, 0, 4, 5), (2, 7, 3, 0, 5), (2, 7, 3, 4, 0)])
 def test_empty_inputs_work(shape, backend, correction):
     b, L, h, Dk, Dv = shape
     shapes = [(b, L, h, Dk), (b, L, h, Dk), (b, L, h, Dv), (b, L, h, Dk)]

@@ -49,9 +49,7 @@ def reference(tensors, **options):
 
 def test_the_reference_is_the_equation():
     x, weight, bias, S = inputs(5)
-    y, final = mk.short_conv(
-        x, weight, bias, initial_state=S, output_final_state=True, backend="reference"
-    )
+    y, final = mk.short_conv(x, weight, bias, initial_state=S, output_final_state=True, backend="reference")
     line = torch.cat([S[1, 2], x[1, :, 2]])
     want = [bias[2] + (weight[2] * line[t : t + 4]).sum() for t in range(5)]
     torch.testing.assert_close(y[1, :, 2], torch.stack(want))

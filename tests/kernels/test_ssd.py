@@ -125,13 +125,25 @@ def test_chunk_length_does_not_matter(backend):
 def test_a_state_carried_across_a_split_equals_the_whole(backend, cut):
     def split(x, dt, a, b, c, *, initial_state, output_final_state):
         y1, S = mk.ssd(
-            x[:, :cut], dt[:, :cut], a, b[:, :cut], c[:, :cut], initial_state=initial_state,
-            output_final_state=True, backend=backend,
-        )  # fmt: skip
+            x[:, :cut],
+            dt[:, :cut],
+            a,
+            b[:, :cut],
+            c[:, :cut],
+            initial_state=initial_state,
+            output_final_state=True,
+            backend=backend,
+        )
         y2, S = mk.ssd(
-            x[:, cut:], dt[:, cut:], a, b[:, cut:], c[:, cut:], initial_state=S,
-            output_final_state=output_final_state, backend=backend,
-        )  # fmt: skip
+            x[:, cut:],
+            dt[:, cut:],
+            a,
+            b[:, cut:],
+            c[:, cut:],
+            initial_state=S,
+            output_final_state=output_final_state,
+            backend=backend,
+        )
         return torch.cat([y1, y2], dim=1), S
 
     tensors = inputs(40)
@@ -194,9 +206,7 @@ def test_strided_inputs_give_the_same_values(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "shape", [(2, 0, 4, 5, 1, 6), (0, 7, 4, 5, 2, 6), (2, 7, 4, 0, 2, 6), (2, 7, 4, 5, 2, 0)]
-)
+@pytest.mark.parametrize("shape", [(2, 0, 4, 5, 1, 6), (0, 7, 4, 5, 2, 6), (2, 7, 4, 0, 2, 6), (2, 7, 4, 5, 2, 0)])
 def test_empty_inputs_work(shape, backend):
     b, L, h, p, g, n = shape
     shapes = [(b, L, h, p), (b, L, h), (h,), (b, L, g, n), (b, L, g, n), (b, h, n, p)]

@@ -144,9 +144,7 @@ def test_equal_inputs_give_equal_bits():
 
 def test_a_state_carried_across_a_split_equals_the_whole():
     *tensors, S = inputs(40)
-    whole, last = mk.delta_rule(
-        *tensors, initial_state=S, output_final_state=True, backend="triton"
-    )
+    whole, last = mk.delta_rule(*tensors, initial_state=S, output_final_state=True, backend="triton")
     parts = []
     for piece in (slice(0, 17), slice(17, 40)):
         cut = [x[:, piece] for x in tensors]
@@ -165,9 +163,7 @@ def test_no_output_depends_on_a_later_token():
         assert (grad[:, :20] != 0).any()
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 0, 3, 4, 5), (0, 7, 3, 4, 5), (2, 7, 0, 4, 5), (2, 7, 3, 0, 5), (2, 7, 3, 4, 0)]
-)
+@pytest.mark.parametrize("shape", [(2, 0, 3, 4, 5), (0, 7, 3, 4, 5), (2, 7, 0, 4, 5), (2, 7, 3, 0, 5), (2, 7, 3, 4, 0)])
 def test_empty_inputs_work(shape):
     B, L, H, Dk, Dv = shape
     tensors = [torch.ones(s) for s in ((B, L, H, Dk), (B, L, H, Dk), (B, L, H, Dv))]
@@ -222,9 +218,7 @@ def test_compiled_graphs_are_whole_and_equal():
 @pytest.mark.parametrize("decay", [False, True])
 def test_stacked_calls_equal_single_ones_in_value_and_gradient(decay):
     stacks = [inputs(17, B=2, decay=decay), inputs(18, B=2, decay=decay)]
-    stacks[1] = [
-        x if x is None or (x.dim() == 4 and x.shape[1] == 2) else x[:, :17] for x in stacks[1]
-    ]
+    stacks[1] = [x if x is None or (x.dim() == 4 and x.shape[1] == 2) else x[:, :17] for x in stacks[1]]
     given = [i for i, x in enumerate(stacks[0]) if x is not None]
 
     def loss(*tensors):

@@ -173,11 +173,7 @@ def test_strided_inputs_give_the_same_values():
     turned = [x.mT.contiguous().mT if x.dim() > 1 else x for x in tensors]
     assert all(
         torch.equal(x, y)
-        for x, y in zip(
-            run(convolve, turned, backend="triton"),
-            run(convolve, tensors, backend="triton"),
-            strict=True,
-        )
+        for x, y in zip(run(convolve, turned, backend="triton"), run(convolve, tensors, backend="triton"), strict=True)
     )
 
 

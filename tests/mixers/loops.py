@@ -7,17 +7,7 @@ from torch.func import functional_call
 from tests.mixer import example, make
 from tests.peer.beside import assert_same, mixer
 
-__all__ = [
-    "assert_is_the_loop",
-    "example",
-    "heads",
-    "make",
-    "mixer",
-    "outer",
-    "rms",
-    "run",
-    "silu_heads",
-]
+__all__ = ["assert_is_the_loop", "example", "heads", "make", "mixer", "outer", "rms", "run", "silu_heads"]
 
 
 def assert_is_the_loop(built, loop, tolerance=1e-12):

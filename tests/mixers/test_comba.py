@@ -4,16 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from mad_efla import spectrum
-from tests.mixers.loops import (
-    assert_is_the_loop,
-    example,
-    make,
-    mixer,
-    outer,
-    rms,
-    run,
-    silu_heads,
-)
+from tests.mixers.loops import assert_is_the_loop, example, make, mixer, outer, rms, run, silu_heads
 
 H = 4
 

@@ -60,9 +60,7 @@ def test_efla_and_deltanet_differ_only_in_keys_and_step():
     assert not torch.allclose(efla(example()), deltanet(example()))
 
 
-@pytest.mark.parametrize(
-    ("gated", "plain"), [("gated_deltanet", "deltanet"), ("gated_efla", "efla")]
-)
+@pytest.mark.parametrize(("gated", "plain"), [("gated_deltanet", "deltanet"), ("gated_efla", "efla")])
 def test_without_decay_a_gated_mixer_is_the_plain_one(gated, plain):
     gated, plain = make(gated, {}), make(plain, {})
     assert not torch.allclose(gated(example()), plain(example()))
@@ -123,11 +121,7 @@ def gated_efla_token(S, k, v, beta, a):
 
 @pytest.mark.parametrize(
     ("name", "token"),
-    [
-        ("longhorn", longhorn_token),
-        ("gated_deltanet", gated_deltanet_token),
-        ("gated_efla", gated_efla_token),
-    ],
+    [("longhorn", longhorn_token), ("gated_deltanet", gated_deltanet_token), ("gated_efla", gated_efla_token)],
 )
 def test_a_mixer_is_its_equation(name, token):
     mixer, x = make(name, {"conv": 0, "heads": 4}), 3 * example()
@@ -156,9 +150,7 @@ def flow(step, substeps):
     return mixer(tokens)[:, substeps - 1 :: substeps].detach()
 
 
-@pytest.mark.parametrize(
-    ("step", "order"), [("euler", 1), ("implicit", 1), ("rk2", 2), ("rk4", 4), ("kaczmarz", 0)]
-)
+@pytest.mark.parametrize(("step", "order"), [("euler", 1), ("implicit", 1), ("rk2", 2), ("rk4", 4), ("kaczmarz", 0)])
 def test_steps_converge_to_the_exact_one_at_their_order(step, order):
     counts = (16, 32, 64)
     errors = [(flow(step, n) - flow("exact", n)).norm().item() for n in counts]
@@ -191,7 +183,7 @@ def largest(step, times_lambda, length=300):
 
 @pytest.mark.parametrize(
     ("step", "limit"), [("euler", 2.0), ("rk2", 2.0), ("rk4", 2.785), ("exact", None), ("implicit", None)]
-)  # fmt: skip
+)
 def test_the_state_grows_past_the_limit_of_a_step_and_not_before(step, limit):
     if limit is None:
         assert largest(step, 100.0) < 10

@@ -8,17 +8,7 @@ import torch.nn.functional as F
 
 from mad_efla import spectrum
 from mad_kernels import delta_rule
-from tests.mixers.loops import (
-    assert_is_the_loop,
-    example,
-    heads,
-    make,
-    mixer,
-    outer,
-    rms,
-    run,
-    silu_heads,
-)
+from tests.mixers.loops import assert_is_the_loop, example, heads, make, mixer, outer, rms, run, silu_heads
 from tests.mixers.test_delta_family import assert_equal_mixers
 
 H = 4
@@ -99,11 +89,7 @@ def test_a_corner_is_the_family_s_equation(name):
     [
         ("kda", {}, {"keys": "l2", "step": "euler", "decay": "channel"}),
         ("kda", {"keys": "raw", "step": "exact"}, {"decay": "channel"}),
-        (
-            "deltaproduct",
-            {},
-            {"keys": "l2", "step": "euler", "beta": "2sigmoid", "householders": 2},
-        ),
+        ("deltaproduct", {}, {"keys": "l2", "step": "euler", "beta": "2sigmoid", "householders": 2}),
         ("deltaproduct", {"householders": 1, "beta": "sigmoid"}, {"keys": "l2", "step": "euler"}),
     ],
 )
@@ -117,10 +103,7 @@ def test_one_householder_is_deltanet():
 
 
 def test_a_second_step_that_does_nothing_leaves_one():
-    two, one = (
-        make("deltaproduct", {"decay": "separate"}),
-        make("gated_deltanet", {"beta": "2sigmoid"}),
-    )
+    two, one = (make("deltaproduct", {"decay": "separate"}), make("gated_deltanet", {"beta": "2sigmoid"}))
     D = one.Dk * one.config.heads
     first = [slice(0, 2 * D), slice(3 * D, 4 * D)]  # q and the first step's k; its v
     with torch.no_grad():

@@ -29,9 +29,7 @@ def test_it_is_the_equation(fields):
 
 def test_a_higher_temperature_forgets_less():
     x = example()
-    decays = [
-        make("gla", {"temperature": temperature})._log_decay(x).exp() for temperature in (1.0, 16.0)
-    ]
+    decays = [make("gla", {"temperature": temperature})._log_decay(x).exp() for temperature in (1.0, 16.0)]
     torch.testing.assert_close(decays[0], decays[1] ** 16)
     assert (decays[1] > 0.9).all()
 
@@ -59,9 +57,7 @@ def test_weights_start_as_the_authors_start_them():
         assert 0.95 * bound < weight.abs().max() <= bound
 
 
-@pytest.mark.parametrize(
-    "fields", [{"conv": 4}, {"conv": 0}, {"output_norm": False}, {"output_gate": False}]
-)
+@pytest.mark.parametrize("fields", [{"conv": 4}, {"conv": 0}, {"output_norm": False}, {"output_gate": False}])
 def test_options_run_and_step_alike(fields):
     mixer, x = make("gla", fields), example()
     state, outputs = tuple(s.double() for s in mixer.initial_state(B, x.device)), []

@@ -26,10 +26,7 @@ def loop(N, pairs):
         D = x.shape[-1]
         z, u, b, c = (x @ w["inp.weight"].T).split((D, D, N, N), dim=-1)
         dt, a, trap, theta = (x @ w["gates.weight"].T).split((H, H, H, pairs), dim=-1)
-        b, c = (
-            rms(y, w[f"norm_{n}.weight"])[..., None, :] + heads(w[f"bias_{n}"], H)
-            for n, y in (("b", b), ("c", c))
-        )
+        b, c = (rms(y, w[f"norm_{n}.weight"])[..., None, :] + heads(w[f"bias_{n}"], H) for n, y in (("b", b), ("c", c)))
         u, dt, share = heads(u, H), F.softplus(dt + w["dt_bias"]), torch.sigmoid(trap)
         alpha = torch.exp(-torch.where(a >= 0, 1 + a, 1 / (1 - a)) * dt)
         S = x.new_zeros(len(x), H, N, D // H)
@@ -113,10 +110,7 @@ def test_it_starts_as_published():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [
-        ({"heads": 5}, "heads=5 must divide the inner width 32"),
-        ({"state_dim": 2}, "no pair to turn"),
-    ],
+    [({"heads": 5}, "heads=5 must divide the inner width 32"), ({"state_dim": 2}, "no pair to turn")],
 )
 def test_sizes_that_do_not_fit_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):

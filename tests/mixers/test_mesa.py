@@ -4,15 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.mixers.loops import (
-    assert_is_the_loop,
-    example,
-    make,
-    mixer,
-    outer,
-    rms,
-    silu_heads,
-)
+from tests.mixers.loops import assert_is_the_loop, example, make, mixer, outer, rms, silu_heads
 
 H = 4
 

@@ -107,34 +107,16 @@ COSTS = {
     "gla": (5 * D2 + 2 * 16 * 128 + 4 * 384, 128 + 16, 2048, 3 * 384, 5 * 2048),
     "identity": (0, 0, 0, 0, 0),
     "linear_attention": (4 * D2 + 4 * 384, 16, 2048, 3 * 384, 4 * 2048),
-    "mamba": (
-        3 * D2 + 40 * 128 + 8 * 128 + 4 * 128,
-        128 + 2048 + 128 + 128,
-        2048,
-        3 * 128,
-        5 * 2048,
-    ),
+    "mamba": (3 * D2 + 40 * 128 + 8 * 128 + 4 * 128, 128 + 2048 + 128 + 128, 2048, 3 * 128, 5 * 2048),
     "mamba2": (128 * 296 + D2 + 4 * 160, 160 + 128 + 3 * 8, 2048, 3 * 160, 5 * 2048),
     "rwkv7": (4 * D2 + 2 * 128 * (32 + 32 + 64), 128 * (2 + 6 + 3 + 2), 2048, 128, 9 * 2048),
 }
 LOW_RANK = 2 * 16 * 128
 COSTS["kda"] = (4 * D2 + 8 * 128 + LOW_RANK + 4 * 384, 8 + 16 + 8 + 128, 2048, 3 * 384, 7 * 2048)
 COSTS["gdn2"] = (6 * D2 + LOW_RANK + 4 * 384, 16 + 8 + 128, 2048, 3 * 384, 7 * 2048)
-COSTS["mamba3"] = (
-    128 * (288 + 28) + D2,
-    2 * 16 + 2 * 128 + 16,
-    2048 + 16 + 128,
-    0,
-    5 * 2048,
-)
+COSTS["mamba3"] = (128 * (288 + 28) + D2, 2 * 16 + 2 * 128 + 16, 2048 + 16 + 128, 0, 5 * 2048)
 COSTS["retnet"] = (5 * D2 + 4 * 384, 16, 2048, 3 * 384, 5 * 2048)
-COSTS["mlstm"] = (
-    5 * D2 + 2 * 8 * 128 + 4 * 384,
-    16 + 16,
-    2048 + 128,
-    3 * 384,
-    5 * (2048 + 128),
-)
+COSTS["mlstm"] = (5 * D2 + 2 * 8 * 128 + 4 * 384, 16 + 16, 2048 + 128, 3 * 384, 5 * (2048 + 128))
 COSTS["mesa"] = (
     4 * D2 + 2 * 16 * 128 + 4 * 384,
     16 + 32 + 128 + 8,
@@ -145,13 +127,7 @@ COSTS["mesa"] = (
 COSTS["comba"] = (4 * D2 + 16 * 128 + 4 * 384, 8 + 16 + 16 + 16, 2048, 3 * 384, 7 * 2048)
 MOMENT = 2 * 8 * 128  # of preconditioned rules: two maps to 8 heads
 COSTS["pgdn"] = (4 * D2 + 16 * 128 + MOMENT + 4 * 384, 64, 2048 + 128, 3 * 384, 7 * 2048)
-COSTS["pkda"] = (
-    4 * D2 + 8 * 128 + LOW_RANK + MOMENT + 4 * 384,
-    8 + 16 + 8 + 128 + 24,
-    2048 + 128,
-    3 * 384,
-    7 * 2048,
-)
+COSTS["pkda"] = (4 * D2 + 8 * 128 + LOW_RANK + MOMENT + 4 * 384, 8 + 16 + 8 + 128 + 24, 2048 + 128, 3 * 384, 7 * 2048)
 COSTS |= dict.fromkeys(("delta", "deltanet", "longhorn"), COSTS["efla"])
 COSTS |= dict.fromkeys(ONE_HEAD, (3 * D2 + 128, 1, D2, 0, 6 * D2))
 COSTS["gated_efla"] = COSTS["gated_deltanet"]
@@ -173,9 +149,7 @@ def test_what_a_layer_costs_is_what_a_hand_computes(name):
 
 
 def test_costs_follow_the_sequence_where_the_state_does():
-    size = {
-        L: model.mixer_size(plugins.mixer("attention").Config(window=16), 64, L) for L in (8, 512)
-    }
+    size = {L: model.mixer_size(plugins.mixer("attention").Config(window=16), 64, L) for L in (8, 512)}
     assert (size[8].state, size[512].state) == (2 * 64 * 8, 2 * 64 * 15)
     attended = (16 * 17 // 2 + 496 * 16) / 512  # by the mean token
     assert size[512].flops == 2 * 4 * 64 * 64 + int(4 * 64 * attended)
@@ -188,10 +162,6 @@ def test_the_table_of_costs_is_printed_at_a_width_and_a_length():
     size = model.mixer_size(plugins.mixer("attention").Config(), 64, 32)
     bytes_ = 4 * (size.state + size.window)
     assert list(map(int, numbers)) == [size.parameters, size.state, size.window, bytes_, size.flops]
-    for at, message in (
-        ("depth=2", "unknown"),
-        ("width=0", "at least 1"),
-        ("width", "FIELD=VALUE"),
-    ):
+    for at, message in (("depth=2", "unknown"), ("width=0", "at least 1"), ("width", "FIELD=VALUE")):
         assert message in call("list", "mixers", "--at", at, code=2).stderr
     assert "is for mixers" in call("list", "tasks", "--at", "width=2", code=2).stderr

@@ -10,10 +10,7 @@ H = 4
 
 def parts(x, w):
     q, k, v = (heads(z, H) for z in (x @ w["qkv.weight"].T).chunk(3, dim=-1))
-    i, f = (
-        15 * torch.tanh((x @ w[f"{gate}.weight"].T + w[f"{gate}.bias"]) / 15)
-        for gate in ("input", "forget")
-    )
+    i, f = (15 * torch.tanh((x @ w[f"{gate}.weight"].T + w[f"{gate}.bias"]) / 15) for gate in ("input", "forget"))
     return q / q.shape[-1] ** 0.5, k, v, i, torch.nn.functional.logsigmoid(f)
 
 

@@ -6,17 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.mixers.loops import (
-    assert_is_the_loop,
-    example,
-    heads,
-    make,
-    mixer,
-    outer,
-    rms,
-    run,
-    silu_heads,
-)
+from tests.mixers.loops import assert_is_the_loop, example, heads, make, mixer, outer, rms, run, silu_heads
 
 H = 4
 

@@ -7,16 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mad_efla import spectrum
-from tests.mixers.loops import (
-    assert_is_the_loop,
-    example,
-    heads,
-    make,
-    mixer,
-    outer,
-    rms,
-    run,
-)
+from tests.mixers.loops import assert_is_the_loop, example, heads, make, mixer, outer, rms, run
 
 H = 4
 

@@ -79,9 +79,7 @@ def test_steps_on_raw_keys(step):
     assert_same(ours, theirs, given)
 
 
-@pytest.mark.parametrize(
-    "form", ["naive_recurrent_gated_delta_rule", "naive_chunk_gated_delta_rule"]
-)
+@pytest.mark.parametrize("form", ["naive_recurrent_gated_delta_rule", "naive_chunk_gated_delta_rule"])
 def test_gated_delta_rule(form):
     rule = getattr(peer("fla.ops.gated_delta_rule.naive"), form)
 

@@ -44,9 +44,7 @@ def assert_same_rule(ours, rule, length=64, tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize("form", ["naive_recurrent_kda", "naive_chunk_kda"])
-@pytest.mark.parametrize(
-    "fields", [{}, {"beta": "2sigmoid"}, {"beta": "softplus", "step": "exact"}]
-)
+@pytest.mark.parametrize("fields", [{}, {"beta": "2sigmoid"}, {"beta": "softplus", "step": "exact"}])
 def test_kda(form, fields):
     rule = getattr(peer("fla.ops.kda.naive"), form)
 

@@ -36,10 +36,7 @@ def test_time_mixing(monkeypatch):
         weights |= {"w0": w["decay.outer.bias"], "a0": w["rate.outer.bias"]}
         weights |= dict.fromkeys(("v0", "v1", "v2"))  # layer 0 has no value residual
         for letter, name in {"w": "decay", "a": "rate", "g": "gate"}.items():
-            weights |= {
-                f"{letter}1": matrix(f"{name}.inner"),
-                f"{letter}2": matrix(f"{name}.outer"),
-            }
+            weights |= {f"{letter}1": matrix(f"{name}.inner"), f"{letter}2": matrix(f"{name}.outer")}
         weights |= {"k_k": w["removal"], "k_a": w["replacement"], "r_k": w["bonus"]}
         weights |= {"R_": matrix("r"), "K_": matrix("k"), "V_": matrix("v"), "O_": matrix("out")}
         weights |= {"ln_w": w["norm.weight"], "ln_b": w["norm.bias"]}

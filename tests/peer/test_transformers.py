@@ -6,16 +6,7 @@ from torch.nn.functional import normalize
 
 import mad_kernels as mk
 from tests.mixer import D
-from tests.peer.beside import (
-    assert_same,
-    assert_same_layer,
-    in_float64,
-    mixer,
-    normal,
-    peer,
-    rows,
-    unwrap,
-)
+from tests.peer.beside import assert_same, assert_same_layer, in_float64, mixer, normal, peer, rows, unwrap
 
 pytestmark = pytest.mark.peer
 
@@ -150,9 +141,7 @@ def test_gated_deltanet_of_olmo_hybrid(beta, monkeypatch):
     module = peer("transformers.models.olmo_hybrid.modeling_olmo_hybrid")
     unwrap(monkeypatch, module, *DELTA_RULES, *CONVOLUTIONS)
     bare_unit_length(monkeypatch, module)
-    config = peer("transformers").OlmoHybridConfig(
-        **SIZES, linear_allow_neg_eigval=beta == "2sigmoid"
-    )
+    config = peer("transformers").OlmoHybridConfig(**SIZES, linear_allow_neg_eigval=beta == "2sigmoid")
     layer = build(module.OlmoHybridGatedDeltaNet, config)
     ours = gated_deltanet(layer.o_norm.variance_epsilon, beta)
 
@@ -242,13 +231,7 @@ def test_kimi_delta_attention(monkeypatch):
 
 def test_mlstm_of_xlstm():
     module = peer("transformers.models.xlstm.modeling_xlstm")
-    config = peer("transformers").xLSTMConfig(
-        hidden_size=D,
-        num_heads=4,
-        num_hidden_layers=1,
-        eps=0.0,
-        chunk_size=16,
-    )
+    config = peer("transformers").xLSTMConfig(hidden_size=D, num_heads=4, num_hidden_layers=1, eps=0.0, chunk_size=16)
     layer = build(lambda config, layer_idx: module.xLSTMLayer(config), config)
     ours = mixer("mlstm", heads=4, key_dim=4, value_dim=8, conv=0)
 
@@ -283,10 +266,7 @@ def memory(seed=0, B=2, L=37, H=3, Dk=6, Dv=5):
 
 @pytest.mark.parametrize(
     ("form", "options"),
-    [
-        ("torch_chunk_gated_delta_rule", {"chunk_size": 16}),
-        ("torch_recurrent_gated_delta_rule", {}),
-    ],
+    [("torch_chunk_gated_delta_rule", {"chunk_size": 16}), ("torch_recurrent_gated_delta_rule", {})],
 )
 def test_gated_delta_rule(form, options):
     module = peer("transformers.models.qwen3_next.modeling_qwen3_next")
@@ -305,8 +285,7 @@ def test_gated_delta_rule(form, options):
 
 
 @pytest.mark.parametrize(
-    ("form", "options"),
-    [("chunk_kimi_delta_attention", {"chunk_size": 16}), ("recurrent_kimi_delta_attention", {})],
+    ("form", "options"), [("chunk_kimi_delta_attention", {"chunk_size": 16}), ("recurrent_kimi_delta_attention", {})]
 )
 def test_delta_rule_with_a_decay_per_channel(form, options):
     module = peer("transformers.models.kimi_linear.modeling_kimi_linear")
@@ -342,12 +321,7 @@ def test_rotary_attention_of_llama(window):
 
     def translate(w):
         q, k, v = w["qkv.weight"].chunk(3)
-        return {
-            "q_proj.weight": q,
-            "k_proj.weight": k,
-            "v_proj.weight": v,
-            "o_proj.weight": w["out.weight"],
-        }
+        return {"q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "o_proj.weight": w["out.weight"]}
 
     def run(layer, x):
         turns = module.LlamaRotaryEmbedding(config)(x, torch.arange(L)[None])

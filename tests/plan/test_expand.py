@@ -8,9 +8,7 @@ from mad_efla.plan import expand
 from mad_efla.training import fits
 from tests.tiny import PLAN, TASK
 
-MAD = (
-    "recall", "noisy_recall", "fuzzy_recall", "selective_copying", "compression", "memorization"
-)  # fmt: skip
+MAD = ("recall", "noisy_recall", "fuzzy_recall", "selective_copying", "compression", "memorization")
 
 
 def expanded(tmp_path, plan=PLAN, task=TASK, sets=()):
@@ -26,31 +24,29 @@ def refused(tmp_path, **kwargs):
 
 
 def test_a_sweep_is_every_mixer_setting_point_and_seed(tmp_path):
-    plan = (
-        PLAN.replace("baseline", "all")
-        + "grid: {optim.lr: [1e-3, 1e-2], optim.weight_decay: [0, 0.1]}\n"
-    )
+    plan = PLAN.replace("baseline", "all") + "grid: {optim.lr: [1e-3, 1e-2], optim.weight_decay: [0, 0.1]}\n"
     found = expanded(tmp_path, plan)
     assert len(found.runs) == 2 * 2 * 4 * 2
     assert [r.setting for r in found.runs[::16]] == ["baseline", "vocab_size=10"]
     assert {r.optim.lr for r in found.runs} == {1e-3, 1e-2}
     assert len({r.fingerprint for r in found.runs}) == len(found.runs)
     assert set(expand.differences(found.runs)) == {
-        "mixer", "setting", "seed", "task.vocab_size", "optim.lr", "optim.weight_decay",
-    }  # fmt: skip
+        "mixer",
+        "setting",
+        "seed",
+        "task.vocab_size",
+        "optim.lr",
+        "optim.weight_decay",
+    }
     assert set(fits.check(found).sizes) == {r.fingerprint for r in found.runs}
 
 
 def test_named_settings_override_anything(tmp_path):
     plan = PLAN.replace(
-        "settings: baseline",
-        "settings:\n  recall:\n    easy: {task.seq_len: 8, train.steps: 5}\n    hard: {}",
+        "settings: baseline", "settings:\n  recall:\n    easy: {task.seq_len: 8, train.steps: 5}\n    hard: {}"
     )
     found = expanded(tmp_path, plan)
-    assert [(r.setting, r.task.seq_len, r.steps) for r in found.runs[::4]] == [
-        ("easy", 8, 5),
-        ("hard", 12, 20),
-    ]
+    assert [(r.setting, r.task.seq_len, r.steps) for r in found.runs[::4]] == [("easy", 8, 5), ("hard", 12, 20)]
     message = refused(tmp_path, plan=plan.replace("recall:", "recal:"))
     assert "settings has none for task 'recall'; did you mean 'recal'?" in message
 
@@ -110,7 +106,7 @@ def test_hybrids_are_lists_of_mixers(tmp_path):
         (PLAN.replace("protocol: custom", "protocol: quik"), 'plan.yaml:2: protocol="quik"'),
         (PLAN.replace("optim: {lr: 1e-2}", "optim: 3"), "plan.yaml:8: optim=3 must be a mapping"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_plan_is_refused_with_its_line(tmp_path, plan, message):
     assert message in refused(tmp_path, plan=plan)
 
@@ -124,13 +120,19 @@ def test_a_bad_plan_is_refused_with_its_line(tmp_path, plan, message):
         (TASK.replace("recall", "recoll"), "task.yaml:2: task 'recoll' is unknown; did you mean 'recall'?"),
         (TASK.replace("[10]", "[11, two]"), 'task.yaml:4: task.vocab_size="two"'),
         (TASK.replace("[10]", "10"), "task.yaml:4: vary.task.vocab_size=10 must be a list"),
-        (TASK.replace("task.vocab_size", "task.vocab"), "task.yaml:4: task.vocab: unknown key; did you mean 'vocab_size'?"),
-        (TASK.replace("task.vocab_size: [10]", "together: [10]"), "task.yaml:4: vary.together has 10, which must be a mapping"),
+        (
+            TASK.replace("task.vocab_size", "task.vocab"),
+            "task.yaml:4: task.vocab: unknown key; did you mean 'vocab_size'?",
+        ),
+        (
+            TASK.replace("task.vocab_size: [10]", "together: [10]"),
+            "task.yaml:4: vary.together has 10, which must be a mapping",
+        ),
         (TASK.replace("task.vocab_size: [10]", "together: [{}]"), "task.yaml:4: vary.together has {}"),
         (TASK.replace("task.vocab_size: [10]", "together: [{task.vocab: 10}]"), "task.yaml:4: task.vocab: unknown key"),
         ("vary: {}", "task.name=None must be the name of a task"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_task_file_is_refused_with_its_line(tmp_path, task, message):
     plan = PLAN.replace("baseline", "all")
     assert message in refused(tmp_path, plan=plan, task=task)
@@ -193,8 +195,10 @@ def test_a_plan_says_by_how_much_mixers_miss_equal_terms(tmp_path):
     sweep = expanded(tmp_path, PLAN + "match: state\n", sets=[mixers, "model.width=128"])
     found = fits.check(sweep).matches
     assert [(m.mixer, m.wanted, m.found) for m in found] == [
-        ("efla", 2048, 2048), ("attention", 2048, 2 * 128 * 11), ("mamba2", 2048, 2048),
-    ]  # fmt: skip
+        ("efla", 2048, 2048),
+        ("attention", 2048, 2 * 128 * 11),
+        ("mamba2", 2048, 2048),
+    ]
     assert found[1].miss == pytest.approx(0.375)
     sweeps = expanded(tmp_path, PLAN + "match: parameters\n", sets=[mixers, "model.width=128"])
     fit = fits.check(sweeps)

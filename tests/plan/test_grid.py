@@ -18,13 +18,14 @@ def values(found):
 
 
 def test_zip_walks_side_by_side_and_grid_combines(tmp_path):
-    text = (
-        "zip: {optim.lr: [0.1, 0.2], optim.weight_decay: [0.0, 0.5]}\ngrid: {model.depth: [2, 4]}\n"
-    )
+    text = "zip: {optim.lr: [0.1, 0.2], optim.weight_decay: [0.0, 0.5]}\ngrid: {model.depth: [2, 4]}\n"
     found = runs(tmp_path, text)
     assert sorted((r.model.depth, r.optim.lr, r.optim.weight_decay) for r in found) == [
-        (2, 0.1, 0.0), (2, 0.2, 0.5), (4, 0.1, 0.0), (4, 0.2, 0.5),
-    ]  # fmt: skip
+        (2, 0.1, 0.0),
+        (2, 0.2, 0.5),
+        (4, 0.1, 0.0),
+        (4, 0.2, 0.5),
+    ]
 
 
 def test_cells_are_taken_as_written(tmp_path):
@@ -86,8 +87,10 @@ def test_unmatched_grids_are_refused_unless_they_are_called_so(tmp_path):
     found = expanded(tmp_path, plan=custom, sets=["seeds=[0]"])
     assert found.protocol == "unmatched"
     assert {(r.mixer.split("(")[0], r.optim.lr, r.protocol) for r in found.runs} == {
-        ("efla", 0.3, "unmatched"), ("deltanet", 0.1, "unmatched"), ("deltanet", 0.2, "unmatched"),
-    }  # fmt: skip
+        ("efla", 0.3, "unmatched"),
+        ("deltanet", 0.1, "unmatched"),
+        ("deltanet", 0.2, "unmatched"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_unmatched_grids_are_refused_unless_they_are_called_so(tmp_path):
         ("sample: {method: random, count: 2, over: {optim.lr: {}}}\n", "must be one of uniform"),
         ("sample: {method: halton, count: 2, over: {optim.lr: {log: [1, 2]}}}\n", "'random' or 'sobol'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_refused_with_its_place(tmp_path, text, message):
     found = refused(tmp_path, plan=PLAN + text)
     assert message in found

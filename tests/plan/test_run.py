@@ -16,11 +16,16 @@ def test_equal_runs_have_equal_fingerprints_however_written():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"seed": 1}, {"optim__lr": 0.02}, {"task__seq_len": 14}, {"train__precision": "bfloat16"},
-        {"mixers": ["efla"]}, {"model__channel": "mlp"}, {"train__stop_at": 0.9},
+        {"seed": 1},
+        {"optim__lr": 0.02},
+        {"task__seq_len": 14},
+        {"train__precision": "bfloat16"},
+        {"mixers": ["efla"]},
+        {"model__channel": "mlp"},
+        {"train__stop_at": 0.9},
         {"data__test_examples": 33},
     ],
-)  # fmt: skip
+)
 def test_everything_that_moves_a_number_moves_the_fingerprint(fields):
     assert tiny(**fields).fingerprint != tiny().fingerprint
 

@@ -49,8 +49,7 @@ def test_following_shows_steps_loss_accuracy_and_the_end(folder, monkeypatch, te
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (42, "42 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (273_600, "3 d 4 h")],
+    ("seconds", "text"), [(0.4, "0 s"), (42, "42 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (273_600, "3 d 4 h")]
 )
 def test_durations_read_as_people_say_them(seconds, text):
     assert terminal.duration(seconds) == text
@@ -60,18 +59,22 @@ def test_an_example_is_cut_into_blocks_that_fit():
     lines = terminal.example([1, 2, 3, 4], ["key"] * 4, [-100, 7, -100, 12], [9, 7, 9, 3], 18)
     words = [line.plain.split() for line in lines]
     assert words == [
-        ["tokens", "1", "2"], ["scored", "7"], ["solver", "7"], [],
-        ["tokens", "3", "4"], ["scored", "12"], ["solver", "3"], [],
-    ]  # fmt: skip
+        ["tokens", "1", "2"],
+        ["scored", "7"],
+        ["solver", "7"],
+        [],
+        ["tokens", "3", "4"],
+        ["scored", "12"],
+        ["solver", "3"],
+        [],
+    ]
     assert all(len(line.plain) <= 18 for line in lines)
 
 
 def test_a_long_dry_run_has_a_row_per_setting_and_mixer():
     found = [tiny(seed=s, optim__lr=lr) for lr in (1e-3, 1e-2) for s in range(60)]
     sizes = {run.fingerprint: (1000, 10) for run in found}
-    few, many = (
-        tables.runs(runs, expand.differences(runs), sizes) for runs in (found[:100], found)
-    )
+    few, many = (tables.runs(runs, expand.differences(runs), sizes) for runs in (found[:100], found))
     assert (len(few.rows), len(many.rows)) == (100, 1)
     cells = dict(zip([c.name for c in many.columns], many.rows[0], strict=True))
     assert (cells["runs"], cells["lr"]) == ("120", "0.001, 0.01")

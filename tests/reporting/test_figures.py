@@ -156,9 +156,7 @@ def test_names_hold_the_mixer_and_what_differs():
     assert spectra.names([first]) == [first.mixer]
     assert spectra.names([first, second]) == [f"{first.mixer} seed={s}" for s in (0, 1)]
     other = tiny(train__steps=40)
-    assert spectra.names([first, other]) == [
-        f"{r.mixer} {r.fingerprint[:6]}" for r in (first, other)
-    ]
+    assert spectra.names([first, other]) == [f"{r.mixer} {r.fingerprint[:6]}" for r in (first, other)]
 
 
 # ------------------------------------------------------------------ figures
@@ -278,8 +276,11 @@ def test_the_command_prints_a_table_and_writes_figures(files):
     arguments = ["spectrum", first.fingerprint[:6], second.fingerprint, "--examples", "3"]
     done = call(*arguments, "--against", second.fingerprint[:8], "--to", "a/b")
     paths = [line for line in done.stdout.splitlines() if line.startswith("a/b")]
-    assert paths == [f"a/b/{name}.{ending}" for name in (
-        "eigenvalues", "exactness", "forgetting", "state", "reach") for ending in ("png", "svg")]  # fmt: skip
+    assert paths == [
+        f"a/b/{name}.{ending}"
+        for name in ("eigenvalues", "exactness", "forgetting", "state", "reach")
+        for ending in ("png", "svg")
+    ]
     assert all((files / path).stat().st_size > 5_000 for path in paths)
     for words in ("efla(heads=2)", "deltanet(heads=2)", "difference", "layer0/x_mean"):
         assert words in done.stdout
@@ -332,8 +333,10 @@ def test_no_window_system_is_asked_for_and_other_commands_do_without_matplotlib(
     for arguments, expected in ((["logs", name], "False"), (["spectrum", name], "True")):
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", code, *arguments],
-            capture_output=True, text=True, env=elsewhere | {"MPLBACKEND": "tkagg"},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            env=elsewhere | {"MPLBACKEND": "tkagg"},
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1].startswith(expected)
     assert (files / "figures" / "state.svg").exists()

@@ -36,14 +36,18 @@ def without_spectra(monkeypatch):
 def grid(seeds=(0, 1), rates=RATES, lengths=LENGTHS, mixers=MIXERS, **fields):
     return [
         tiny(
-            mixers=[mixer], task__seq_len=length, seed=seed, optim__lr=rate,
-            setting="baseline" if length == lengths[0] else f"seq_len={length}", **fields,
+            mixers=[mixer],
+            task__seq_len=length,
+            seed=seed,
+            optim__lr=rate,
+            setting="baseline" if length == lengths[0] else f"seq_len={length}",
+            **fields,
         )
         for mixer in mixers
         for length in lengths
         for rate in rates
         for seed in seeds
-    ]  # fmt: skip
+    ]
 
 
 def accuracy(run):
@@ -56,18 +60,22 @@ def finish(out, run, **fields):
     folder = RunFolder(out, run.fingerprint)
     folder.create(run)
     share = accuracy(run)
-    folder.append([
-        Row(step, step, {"val/token_accuracy": share * step / 30}) for step in (10, 20, 30)
-    ])  # fmt: skip
+    folder.append([Row(step, step, {"val/token_accuracy": share * step / 30}) for step in (10, 20, 30)])
     sizes = {"state_size": 256 if run.mixer == "efla" else 512, "ended": 86_400_000}
     folder.finish(done(run, share, share, **(sizes | fields)))
 
 
 def sweep(out, runs, plan="plan", protocol="custom"):
     record = SweepRecord(
-        id=config.digest(plan), task="recall", plan=plan, protocol=protocol, command="mad-efla sweep recall",
-        fingerprints=tuple(r.fingerprint for r in runs), started=1, ended=2,
-    )  # fmt: skip
+        id=config.digest(plan),
+        task="recall",
+        plan=plan,
+        protocol=protocol,
+        command="mad-efla sweep recall",
+        fingerprints=tuple(r.fingerprint for r in runs),
+        started=1,
+        ended=2,
+    )
     write_sweep(out, record)
 
 
@@ -137,9 +145,15 @@ def test_the_numbers_are_those_of_the_scores(tmp_path):
 def test_a_page_has_every_section_that_runs_can_fill(tmp_path):
     text = page(made(tmp_path, grid()))
     assert titles(text) == [
-        "Scores", "Settings", "Difficulty", "Learning", "Memory", "Learning rate",
-        "Paired differences", "Protocol and versions",
-    ]  # fmt: skip
+        "Scores",
+        "Settings",
+        "Difficulty",
+        "Learning",
+        "Memory",
+        "Learning rate",
+        "Paired differences",
+        "Protocol and versions",
+    ]
     assert "1970-01-02" in text
 
 
@@ -201,10 +215,15 @@ def test_what_failed_diverged_or_is_missing_is_named(tmp_path):
     text = page(tmp_path)
     assert "Failed and diverged" in titles(text)
     for words in (
-        "no &lt;memory&gt;", "Ctrl-C", "loss not finite at step 3", failed.fingerprint,
-        diverged.fingerprint, "without a folder", "1 diverged, 3 missing",
+        "no &lt;memory&gt;",
+        "Ctrl-C",
+        "loss not finite at step 3",
+        failed.fingerprint,
+        diverged.fingerprint,
+        "without a folder",
+        "1 diverged, 3 missing",
         "21 of 25 runs are done",
-    ):  # fmt: skip
+    ):
         assert words in text, words
 
 
@@ -249,15 +268,8 @@ def test_an_axis_is_a_field_in_which_settings_differ_alone():
 
 
 def test_axes_of_one_field_say_in_what_they_differ():
-    runs = [
-        tiny(setting=f"{n} {m}", task__seq_len=n, task__vocab_size=m)
-        for n in (8, 12) for m in (8, 10)
-    ]  # fmt: skip
-    found = [
-        title
-        for title, field, _ in report._axes({r.setting: r for r in runs})
-        if field == "task.seq_len"
-    ]
+    runs = [tiny(setting=f"{n} {m}", task__seq_len=n, task__vocab_size=m) for n in (8, 12) for m in (8, 10)]
+    found = [title for title, field, _ in report._axes({r.setting: r for r in runs}) if field == "task.seq_len"]
     assert found == ["vocab_size=8", "vocab_size=10"]
 
 
@@ -287,9 +299,7 @@ def test_a_folder_without_sweeps_and_a_page_that_cannot_be_written_are_refused(t
 
 
 def test_rows_show_means_and_intervals():
-    figure = sweeps.rows(
-        {"a": Interval(0.5, 0.4, 0.7), "b": Interval(0.2, None, None)}, x_label="x"
-    )
+    figure = sweeps.rows({"a": Interval(0.5, 0.4, 0.7), "b": Interval(0.2, None, None)}, x_label="x")
     (axes,) = figure.axes
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b"]
     ends = [c.get_segments()[0][:, 0].tolist() for c in axes.collections]

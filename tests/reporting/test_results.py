@@ -18,13 +18,7 @@ def test_every_figure_comes_from_the_run_files(files):
         assert f"| {table.text(cell.accuracy, 'share')} |" in text.replace("**", "")
     assert f"[{100 * board.tasks[0].accuracy.low:.1f}, " in text
     environment = next(iter(group.results.values())).environment
-    for word in (
-        "4 of 4 done, 0 diverged",
-        "| seeds | 0, 1 |",
-        environment["torch"],
-        "## plan",
-        "### recall",
-    ):
+    for word in ("4 of 4 done, 0 diverged", "| seeds | 0, 1 |", environment["torch"], "## plan", "### recall"):
         assert word in text
 
 
@@ -111,11 +105,6 @@ def test_a_folder_whose_run_is_gone_counts_as_missing(files):
 
 
 def test_paths_and_addresses_stay_out_of_the_page():
-    typed = (
-        "mad-efla sweep recall --out /home/me/runs --set 'seeds=[0, 1]' --tracking-uri=http://u:p@h"
-    )
+    typed = "mad-efla sweep recall --out /home/me/runs --set 'seeds=[0, 1]' --tracking-uri=http://u:p@h"
     assert results.public_command(typed) == "mad-efla sweep recall --set 'seeds=[0, 1]'"
-    assert (
-        results.public_command("mad-efla sweep a --no-tracking --tracking-uri x")
-        == "mad-efla sweep a"
-    )
+    assert results.public_command("mad-efla sweep a --no-tracking --tracking-uri x") == "mad-efla sweep a"

@@ -20,9 +20,7 @@ def cells(svg):
     """Return texts and rectangles of a picture, by the x of their middle or left, and y."""
     root = ElementTree.fromstring(svg)
     space = "{http://www.w3.org/2000/svg}"
-    texts = [
-        (float(e.get("x", 0)), float(e.get("y", 0)), e.text) for e in root.iter(f"{space}text")
-    ]
+    texts = [(float(e.get("x", 0)), float(e.get("y", 0)), e.text) for e in root.iter(f"{space}text")]
     boxes = [{k: e.get(k) for k in ("x", "y", "fill")} for e in root.iter(f"{space}rect")]
     return texts, boxes
 

@@ -28,9 +28,7 @@ time.sleep(600)
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds this folder."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", HOLD], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     yield process
     process.send_signal(signal.SIGCONT)
@@ -81,9 +79,7 @@ def test_a_dead_owner_is_followed_at_once(tmp_path, holder):
     claim.release()
 
 
-def test_a_sleeping_owner_keeps_its_claim_for_the_lease_and_is_then_fenced_off(
-    tmp_path, monkeypatch
-):
+def test_a_sleeping_owner_keeps_its_claim_for_the_lease_and_is_then_fenced_off(tmp_path, monkeypatch):
     sleeper = claims.take(tmp_path)
     sleeper._ended.set()  # its heart stands still, as in a process that was stopped
     sleeper._beat.join()
@@ -156,13 +152,10 @@ def test_four_sweeps_at_once_make_each_run_once(tmp_path, monkeypatch):
     made = []
     real = attempt.train
     monkeypatch.setattr(
-        "mad_efla.execution.attempt.train",
-        lambda run, *a, **k: (made.append(run.fingerprint), real(run, *a, **k)),
+        "mad_efla.execution.attempt.train", lambda run, *a, **k: (made.append(run.fingerprint), real(run, *a, **k))
     )
     threads = [
-        threading.Thread(
-            target=lambda order=order: pool.execute(order, tmp_path, device="cpu", workers=0)
-        )
+        threading.Thread(target=lambda order=order: pool.execute(order, tmp_path, device="cpu", workers=0))
         for order in (runs, runs[::-1], runs[3:] + runs[:3], runs[::2] + runs[1::2])
     ]
     monkeypatch.setattr(signal, "signal", lambda *a: None)  # only a main thread may

@@ -28,11 +28,23 @@ def folder(tmp_path):
 def result(fingerprint, accuracy=0.5, **fields):
     scores = Scores(loss=1.0, token_accuracy=accuracy, macro_accuracy=accuracy)
     values = {
-        "fingerprint": fingerprint, "status": "finished", "test": scores, "validation": scores,
-        "chosen_step": 10, "steps": 30, "stopped": None, "steps_to_90": None, "parameters": 100,
-        "state_size": 10, "seconds": 1.0, "train_seconds": 0.5, "data_digest": "d",
-        "environment": {"torch": "2"}, "started": 1, "ended": 2,
-    }  # fmt: skip
+        "fingerprint": fingerprint,
+        "status": "finished",
+        "test": scores,
+        "validation": scores,
+        "chosen_step": 10,
+        "steps": 30,
+        "stopped": None,
+        "steps_to_90": None,
+        "parameters": 100,
+        "state_size": 10,
+        "seconds": 1.0,
+        "train_seconds": 0.5,
+        "data_digest": "d",
+        "environment": {"torch": "2"},
+        "started": 1,
+        "ended": 2,
+    }
     return Result(**(values | fields))
 
 
@@ -206,9 +218,8 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 
 def test_sweeps_are_read_back_oldest_first(tmp_path):
     record = SweepRecord(
-        id="b", task="recall", plan="quick", protocol="quick", command="c", fingerprints=("1",),
-        started=2, ended=None,
-    )  # fmt: skip
+        id="b", task="recall", plan="quick", protocol="quick", command="c", fingerprints=("1",), started=2, ended=None
+    )
     write_sweep(tmp_path, record)
     write_sweep(tmp_path, record.model_copy(update={"id": "a", "started": 1}))
     (tmp_path / "sweeps" / "broken.json").write_text("{")

@@ -58,9 +58,7 @@ def general(seed=0, L=L):
 
 
 def gated(seed=0, L=L):
-    return delta(
-        randn(B, L, H, N, seed=seed), randn(B, L, H, seed=seed + 1).sigmoid(), "exact", -0.1
-    )
+    return delta(randn(B, L, H, N, seed=seed), randn(B, L, H, seed=seed + 1).sigmoid(), "exact", -0.1)
 
 
 KINDS = {
@@ -118,9 +116,7 @@ def test_steps_are_the_first_terms_of_the_exponential():
 
 def test_an_euler_step_grows_beyond_its_limit_and_no_earlier():
     below, above = spectrum.EULER_LIMIT - 1e-9, spectrum.EULER_LIMIT + 1e-9
-    sizes = spectrum.step_eigenvalue(
-        torch.tensor([below, above], dtype=torch.float64), "euler"
-    ).abs()
+    sizes = spectrum.step_eigenvalue(torch.tensor([below, above], dtype=torch.float64), "euler").abs()
     assert sizes[0] < 1 < sizes[1]
     assert math.exp(-spectrum.SATURATED) < 0.02
 
@@ -146,17 +142,12 @@ def test_a_step_s_error_is_that_of_what_the_state_answers():
 def test_the_eigenvalue_is_the_share_kept_along_the_key(kind):
     dynamics = KINDS[kind]()
     u = unit(dynamics.k if dynamics.b is None else dynamics.b)
-    close(
-        spectrum.per_token(dynamics).eigenvalue,
-        torch.einsum("blhn,blhnm,blhm->blh", u, dense(dynamics), u),
-    )
+    close(spectrum.per_token(dynamics).eigenvalue, torch.einsum("blhn,blhnm,blhm->blh", u, dense(dynamics), u))
 
 
 def test_a_diagonal_decay_is_the_exact_flow_of_its_own_x():
     dynamics = decaying(-randn(B, L, H, N).abs())
-    close(
-        dynamics.log_decay.exp(), spectrum.step_eigenvalue(spectrum.per_token(dynamics).x, "exact")
-    )
+    close(dynamics.log_decay.exp(), spectrum.step_eigenvalue(spectrum.per_token(dynamics).x, "exact"))
     assert spectrum.per_token(general()).x is None
 
 
@@ -223,9 +214,7 @@ def test_a_known_decay_along_orthogonal_keys_is_recovered(dtype, axes):
 
 def test_horizons_are_the_first_lags_under_1_over_e():
     logs = torch.tensor([[0.0, -0.5, -3.0], [-0.5, -1.5, -9.0], [0.0, 0.0, 0.0]])
-    found = spectrum.horizon(
-        spectrum.Products(torch.tensor([2, 4, 8]), logs.double()[None, :, None, None])
-    )
+    found = spectrum.horizon(spectrum.Products(torch.tensor([2, 4, 8]), logs.double()[None, :, None, None]))
     assert found.median.item() == pytest.approx(3)  # -0.5 at 2, -1.5 at 4
     assert found.slowest.item() == math.inf  # -0.5 at 4, and 0 again at 8
     mean = logs.double().exp().mean(-1).log()
@@ -265,10 +254,7 @@ def test_lyapunov_exponents_of_a_known_product():
     assert eigenvalues.imag.abs().max() == 0
     expected = eigenvalues.real.abs().log().sort(descending=True).values
     n = 2_000
-    fields = {
-        name: x.expand(1, n, 1, -1) if isinstance(x, torch.Tensor) else x
-        for name, x in vars(one).items()
-    }
+    fields = {name: x.expand(1, n, 1, -1) if isinstance(x, torch.Tensor) else x for name, x in vars(one).items()}
     # What is left of the start falls like 1 / L, so take it off: two lengths give the slope.
     long = spectrum.lyapunov(Dynamics(**fields))[0, 0] * n
     half = {n_: x[:, : n // 2] if isinstance(x, torch.Tensor) else x for n_, x in fields.items()}
@@ -452,10 +438,7 @@ def test_attention_weights_are_torch_s():
 def test_gain_of_a_linear_map_is_known():
     x, change = randn(B, L, N), torch.zeros(B, L, N).double()
     change[:, 4] = 0.1
-    close(
-        spectrum.perturbation_gain(x, x + change, 7 * x, 7 * (x + change))[:, 4],
-        torch.ones(B).double(),
-    )
+    close(spectrum.perturbation_gain(x, x + change, 7 * x, 7 * (x + change))[:, 4], torch.ones(B).double())
 
     def later(x):  # three tokens later, in every second sequence twice as much
         return x.roll(3, dims=1) * torch.tensor([1.0, 2.0])[:, None, None]
@@ -697,9 +680,7 @@ def test_training_scalars_looks_in_full_precision_at_what_autocast_made():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = spectrum.training_scalars(net, tokens)
     full = spectrum.training_scalars(net, tokens)
-    assert half["spectrum/eigenvalue_mean"] == pytest.approx(
-        full["spectrum/eigenvalue_mean"], abs=1e-2
-    )
+    assert half["spectrum/eigenvalue_mean"] == pytest.approx(full["spectrum/eigenvalue_mean"], abs=1e-2)
     assert half["spectrum/eigenvalue_mean"] != full["spectrum/eigenvalue_mean"]
 
 

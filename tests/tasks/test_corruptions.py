@@ -53,9 +53,11 @@ def test_a_shift_moves_whole_images_to_each_side_alike():
     moved = under("shift", 2.0).reshape(-1, 8, 8)
     images = IMAGES.reshape(-1, 8, 8)
     sides = {
-        "left": (moved[:, :, :6], images[:, :, 2:]), "right": (moved[:, :, 2:], images[:, :, :6]),
-        "up": (moved[:, :6], images[:, 2:]), "down": (moved[:, 2:], images[:, :6]),
-    }  # fmt: skip
+        "left": (moved[:, :, :6], images[:, :, 2:]),
+        "right": (moved[:, :, 2:], images[:, :, :6]),
+        "up": (moved[:, :6], images[:, 2:]),
+        "down": (moved[:, 2:], images[:, :6]),
+    }
     hits = np.stack([(a == b).all(axis=(1, 2)) for a, b in sides.values()])
     assert (hits.sum(axis=0) == 1).all()
     assert (hits.mean(axis=1) > 0.18).all()

@@ -109,9 +109,7 @@ def test_what_is_popped_is_scored_at_the_stack_and_read_after_it():
 def test_a_stack_gives_back_the_newest_and_then_what_lay_below():
     task = Stack(stacks=2, elements=3, seq_len=18)
     push, pop, one, two = 5, 6, 3, 4
-    row = np.array(
-        [push, one, 0, push, two, 1, push, one, 2, pop, one, 2, pop, two, 1, pop, one, 0]
-    )
+    row = np.array([push, one, 0, push, two, 1, push, one, 2, pop, one, 2, pop, two, 1, pop, one, 0])
     assert task.solve(row, None)[[10, 13, 16]].tolist() == [2, 1, 0]
 
 

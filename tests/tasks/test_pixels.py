@@ -30,15 +30,22 @@ def toy(tmp_path, monkeypatch):
 
 def classify(body="bare", **fields):
     """Build a run on the toy data set."""
-    document = Document({
-        "task": {"name": "smnist", "dataset": "toy", "side": 4, "body": body,
-                 "corruptions": {"intensity": [1, 1e30], "dropout": [0, 1]}},
-        "data": {"train_examples": 48, "validation_examples": 12, "test_examples": 20},
-        "model": {"width": 16, "depth": 1, "channel": "none"},
-        "mixers": [{"name": "plain_efla"}],
-        "optim": {"lr": 1e-2, "schedule": "constant"},
-        "train": {"batch_size": 16, "steps": 60, "eval_every": 20},
-    })  # fmt: skip
+    document = Document(
+        {
+            "task": {
+                "name": "smnist",
+                "dataset": "toy",
+                "side": 4,
+                "body": body,
+                "corruptions": {"intensity": [1, 1e30], "dropout": [0, 1]},
+            },
+            "data": {"train_examples": 48, "validation_examples": 12, "test_examples": 20},
+            "model": {"width": 16, "depth": 1, "channel": "none"},
+            "mixers": [{"name": "plain_efla"}],
+            "optim": {"lr": 1e-2, "schedule": "constant"},
+            "train": {"batch_size": 16, "steps": 60, "eval_every": 20},
+        }
+    )
     paths = {name.replace("__", "."): value for name, value in fields.items()}
     return build(merge(document, from_paths(paths, "test")))
 
@@ -70,11 +77,7 @@ class Moody(SMNIST):
 
     def corpus(self):
         rng = np.random.default_rng()
-        return (
-            super()
-            .corpus()
-            ._replace(train=self.sample_all("train", rng), test=self.sample_all("test", rng))
-        )
+        return super().corpus()._replace(train=self.sample_all("train", rng), test=self.sample_all("test", rng))
 
     def sample_all(self, part, rng):
         found = getattr(SMNIST.corpus(self), part)
@@ -150,12 +153,16 @@ def test_splits_are_drawn_by_the_seed_from_one_part_and_use_each_image_once(toy)
 @pytest.mark.parametrize(
     ("sizes", "why"),
     [
-        ({"train_examples": 55, "validation_examples": 6, "test_examples": 1},
-         r"data.train_examples \+ data.validation_examples=61 must be at most 60"),
-        ({"train_examples": 1, "validation_examples": 1, "test_examples": 21},
-         "data.test_examples=21 must be at most 20"),
+        (
+            {"train_examples": 55, "validation_examples": 6, "test_examples": 1},
+            r"data.train_examples \+ data.validation_examples=61 must be at most 60",
+        ),
+        (
+            {"train_examples": 1, "validation_examples": 1, "test_examples": 21},
+            "data.test_examples=21 must be at most 20",
+        ),
     ],
-)  # fmt: skip
+)
 def test_more_examples_than_there_are_cannot_be_asked_for(toy, sizes, why):
     with pytest.raises(ConfigError, match=why):
         data.make(TOY, 0, DataConfig(**sizes))
@@ -175,15 +182,11 @@ def test_what_is_wrong_with_the_files_is_said_before_the_first_run(toy, monkeypa
     with pytest.raises(ConfigError, match="the published file 47040016"):
         expanded("task.side=4")
     write_set(toy / "odd", n=(60, 20))
-    (toy / "odd" / "train-labels-idx1-ubyte").write_bytes(
-        (toy / "odd" / "t10k-labels-idx1-ubyte").read_bytes()
-    )
+    (toy / "odd" / "train-labels-idx1-ubyte").write_bytes((toy / "odd" / "t10k-labels-idx1-ubyte").read_bytes())
     with pytest.raises(ConfigError, match="20 labels for 60 images"):
         expanded("task.dataset=odd", "task.side=4")
     monkeypatch.delenv("MAD_EFLA_DATA")
-    with pytest.raises(
-        ConfigError, match=r"--data-dir or MAD_EFLA_DATA\. They are never downloaded"
-    ):
+    with pytest.raises(ConfigError, match=r"--data-dir or MAD_EFLA_DATA\. They are never downloaded"):
         expanded()
 
 
@@ -214,10 +217,16 @@ def test_the_bodies_are_what_they_say(toy):
     assert isinstance(stack, Classifier)
     names = set(bare.state_dict())
     assert names == {
-        "stack.embed.position", "stack.embed.value.weight", "stack.layers.0.qkv.weight",
-        "stack.layers.0.beta.weight", "stack.layers.0.beta.bias", "norm.weight", "norm.bias",
-        "head.weight", "head.bias",
-    }  # fmt: skip
+        "stack.embed.position",
+        "stack.embed.value.weight",
+        "stack.layers.0.qkv.weight",
+        "stack.layers.0.beta.weight",
+        "stack.layers.0.beta.bias",
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    }
     assert set(stack.state_dict()) == names - {"norm.bias"} | {"stack.norms.0.weight"}
     x = torch.rand(3, 16)
     inner = torch.nn.functional.gelu(bare.stack.embed(x))
@@ -231,17 +240,8 @@ def test_a_classifier_learns_and_is_probed(toy, tmp_path, body):
     result, folder = trained(classify(body), tmp_path)
     assert result.test.token_accuracy > 0.5
     found = {(p.name, p.severity): p for p in result.probes}
-    assert list(found) == [
-        ("intensity", 1.0),
-        ("intensity", 1e30),
-        ("dropout", 0.0),
-        ("dropout", 1.0),
-    ]
-    assert (
-        found["intensity", 1.0].accuracy
-        == found["dropout", 0.0].accuracy
-        == result.test.token_accuracy
-    )
+    assert list(found) == [("intensity", 1.0), ("intensity", 1e30), ("dropout", 0.0), ("dropout", 1.0)]
+    assert found["intensity", 1.0].accuracy == found["dropout", 0.0].accuracy == result.test.token_accuracy
     assert found["dropout", 1.0].accuracy < 0.3
     assert folder.result() == result
     again, _ = trained(classify(body), tmp_path / "again")

@@ -48,9 +48,7 @@ def test_an_expression_has_the_value_that_python_gives_it(brackets, operators):
     task = ModularArithmetic(seq_len=24, brackets=brackets, operators=operators, modulus=7)
     examples = drawn(task, 300, "train")
     for row, targets in zip(examples.inputs, examples.targets, strict=True):
-        names = [
-            str(t) if r == "digit" else r for t, r in zip(row, task.describe(row), strict=True)
-        ]
+        names = [str(t) if r == "digit" else r for t, r in zip(row, task.describe(row), strict=True)]
         end = names.index("=")
         assert set(names[end + 1 :]) <= {"pad"}
         assert np.flatnonzero(targets != IGNORE).tolist() == [end]
@@ -85,9 +83,16 @@ def test_operators_and_digits_are_drawn_alike():
 
 @pytest.mark.parametrize(
     ("group", "order", "commutes"),
-    [("Z2", 2, True), ("Z60", 60, True), ("S3", 6, False), ("A4", 12, False), ("S4", 24, False),
-     ("A5", 60, False), ("S5", 120, False)],
-)  # fmt: skip
+    [
+        ("Z2", 2, True),
+        ("Z60", 60, True),
+        ("S3", 6, False),
+        ("A4", 12, False),
+        ("S4", 24, False),
+        ("A5", 60, False),
+        ("S5", 120, False),
+    ],
+)
 def test_product_tables_are_groups_whose_identity_is_0(group, order, commutes):
     table = product_table(group)
     assert table.shape == (order, order)
@@ -159,14 +164,7 @@ def test_flip_flop_reads_the_last_write_whatever_is_to_be_ignored():
     answers = FlipFlop(seq_len=16).solve(row, None)
     assert answers[row == 3].tolist() == [1, 0, 0]
     roles = FlipFlop(seq_len=16).describe(row)
-    assert [r for r in roles if len(r) > 1] == [
-        "bit",
-        "noise",
-        "noise",
-        *["bit"] * 2,
-        "noise",
-        *["bit"] * 2,
-    ]
+    assert [r for r in roles if len(r) > 1] == ["bit", "noise", "noise", *["bit"] * 2, "noise", *["bit"] * 2]
 
 
 # ------------------------------------------------------------------ counting

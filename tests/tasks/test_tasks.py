@@ -112,9 +112,7 @@ even = st.integers(2, 60).map(lambda n: 2 * n)
 
 # Random valid settings of each task.
 STRATEGIES = {
-    "compression": st.builds(
-        Compression, vocab_size=st.integers(3, 200), seq_len=st.integers(2, 100)
-    ),
+    "compression": st.builds(Compression, vocab_size=st.integers(3, 200), seq_len=st.integers(2, 100)),
     "fuzzy_recall": fuzzy_recalls(),
     "memorization": st.builds(Memorization, vocab_size=st.integers(5, 300), seq_len=even),
     "mqar": mqars(),
@@ -126,9 +124,7 @@ STRATEGIES = {
         noise_vocab_size=st.integers(1, 30),
         noise_fraction=st.floats(0, 0.99),
     ),
-    "recall": st.builds(
-        Recall, vocab_size=st.integers(5, 200), seq_len=even, multi_query=st.booleans()
-    ),
+    "recall": st.builds(Recall, vocab_size=st.integers(5, 200), seq_len=even, multi_query=st.booleans()),
     "selective_copying": copyings(),
     "parity": st.builds(
         lambda n, short: Parity(seq_len=n, shortest=short and min(short, n)),
@@ -137,21 +133,14 @@ STRATEGIES = {
     ),
     "modular_arithmetic": expressions(),
     "group_words": st.builds(
-        GroupWords,
-        group=st.sampled_from(["Z2", "Z3", "Z60", "S3", "A4", "S4", "A5", "S5"]),
-        seq_len=st.integers(1, 60),
+        GroupWords, group=st.sampled_from(["Z2", "Z3", "Z60", "S3", "A4", "S4", "A5", "S5"]), seq_len=st.integers(1, 60)
     ),
     "flip_flop": st.builds(FlipFlop, seq_len=even, ignore=st.floats(0, 1)),
-    "counting": st.builds(
-        Counting, seq_len=st.integers(1, 80), most=st.integers(1, 80), idle=st.floats(0, 0.99)
-    ),
+    "counting": st.builds(Counting, seq_len=st.integers(1, 80), most=st.integers(1, 80), idle=st.floats(0, 0.99)),
     "copying": strings(Copying),
     "palindrome": strings(Palindrome),
     "stack": st.builds(
-        Stack,
-        stacks=st.integers(1, 80),
-        elements=st.integers(2, 80),
-        seq_len=st.integers(2, 40).map(lambda n: 3 * n),
+        Stack, stacks=st.integers(1, 80), elements=st.integers(2, 80), seq_len=st.integers(2, 40).map(lambda n: 3 * n)
     ),
     "induction": st.builds(Induction, vocab_size=st.integers(3, 200), seq_len=st.integers(3, 100)),
     "retention": long_memories(Retention),
@@ -304,8 +293,10 @@ def test_a_task_with_too_few_sequences_is_refused():
 
 
 def test_streams_are_independent_of_each_other():
-    draws = [data.stream(0, *key).integers(0, 2**32, 4).tolist() for key in (
-        ("train", 0), ("train", 1), ("train", 0, 1), ("test", 0), ("world",))]  # fmt: skip
+    draws = [
+        data.stream(0, *key).integers(0, 2**32, 4).tolist()
+        for key in (("train", 0), ("train", 1), ("train", 0, 1), ("test", 0), ("world",))
+    ]
     assert len({tuple(d) for d in draws}) == len(draws)
 
 
@@ -352,11 +343,7 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        (
-            "recall",
-            {"seq_len": 127},
-            "seq_len=127 must be even: keys and values alternate; use 126",
-        ),
+        ("recall", {"seq_len": 127}, "seq_len=127 must be even: keys and values alternate; use 126"),
         ("recall", {"seq_len": 2}, "seq_len=2 must be at least 4"),
         ("recall", {"vocab_size": 3}, "vocab_size=3 must be at least 4"),
         ("recall", {"vocab_size": 4, "multi_query": False}, "vocab_size=4 must be at least 5"),
@@ -430,22 +417,14 @@ def test_single_query_recall_marks_and_scores_the_last_key_only():
         ("copying", {"vocab_size": 3}, "vocab_size=3 must be at least 4: two letters, the bar and"),
         ("copying", {"seq_len": 65}, "seq_len=65 must be a multiple of 2; use 64 or 66"),
         ("copying", {"shortest": 66}, "shortest=66 must be at most seq_len = 64"),
-        (
-            "palindrome",
-            {"vocab_size": 3},
-            "vocab_size=3 must be at least 4: two letters, the bar and",
-        ),
+        ("palindrome", {"vocab_size": 3}, "vocab_size=3 must be at least 4: two letters, the bar and"),
         ("palindrome", {"seq_len": 65}, "seq_len=65 must be a multiple of 2; use 64 or 66"),
         ("palindrome", {"shortest": 66}, "shortest=66 must be at most seq_len = 64"),
         ("stack", {"seq_len": 3}, "seq_len=3 must be at least 6"),
         ("stack", {"seq_len": 256}, "seq_len=256 must be a multiple of 3; use 255 or 258"),
         ("stack", {"stacks": 0}, "stacks=0 must be at least 1"),
         ("stack", {"elements": 1}, "elements=1 must be at least 2"),
-        (
-            "induction",
-            {"vocab_size": 2},
-            "vocab_size=2 must be at least 3: two tokens and the mark",
-        ),
+        ("induction", {"vocab_size": 2}, "vocab_size=2 must be at least 3: two tokens and the mark"),
         ("induction", {"seq_len": 2}, "seq_len=2 must be at least 3: the mark, its answer"),
         ("retention", {"pairs": 0}, "pairs=0 must be at least 1"),
         ("retention", {"pairs": 50}, "seq_len=128 must be at least 3 pairs = 150"),
@@ -467,10 +446,14 @@ def test_a_task_refuses_what_it_cannot_generate(name, fields, message):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("recall", 11), ("noisy_recall", 14), ("fuzzy_recall", 11), ("selective_copying", 13),
-        ("compression", 11), ("memorization", 6),
+        ("recall", 11),
+        ("noisy_recall", 14),
+        ("fuzzy_recall", 11),
+        ("selective_copying", 13),
+        ("compression", 11),
+        ("memorization", 6),
     ],
-)  # fmt: skip
+)
 def test_the_file_holds_every_published_setting(name, count):
     found = settings_of(name)
     assert len({(s.task, s.data) for s in found}) == len(found) == count
@@ -528,11 +511,7 @@ def test_without_noise_noisy_recall_is_recall():
 
 
 def test_fuzzy_recall_has_the_published_number_of_scored_positions():
-    for fields, expected, within in (
-        ({}, 4.4, 0.1),
-        ({"vocab_size": 32}, 2.1, 0.1),
-        ({"seq_len": 256}, 12.3, 0.3),
-    ):
+    for fields, expected, within in (({}, 4.4, 0.1), ({"vocab_size": 32}, 2.1, 0.1), ({"seq_len": 256}, 12.3, 0.3)):
         assert abs(scored_per_example(FuzzyRecall(**fields)) - expected) < within
     assert abs(scored_per_example(FuzzyRecall(seq_len=1024), n=1_000) - 148) < 3
 
@@ -709,9 +688,7 @@ def test_memorization_has_one_table_that_no_input_shows():
     assert not np.array_equal(table, data.make(task, 4, FEW).world)
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "published"), [(256, 1.0), (2048, 0.988), (4096, 0.871), (8192, 0.640)]
-)
+@pytest.mark.parametrize(("vocab_size", "published"), [(256, 1.0), (2048, 0.988), (4096, 0.871), (8192, 0.640)])
 def test_what_training_never_showed_nobody_can_answer(vocab_size, published):
     task = Memorization(vocab_size=vocab_size)
     made = data.make(task, 0, DataConfig(train_examples=256))
@@ -775,9 +752,7 @@ def test_mqar_queries_come_soon_by_a_power_law():
 
 
 def test_mqar_may_fill_its_gaps_with_anything():
-    examples = MQAR(vocab_size=64, random_filler=True).sample(
-        500, data.stream(0, "test"), "test", None
-    )
+    examples = MQAR(vocab_size=64, random_filler=True).sample(500, data.stream(0, "test"), "test", None)
     filler = examples.inputs[:, 8:][examples.targets[:, 8:] == IGNORE]
     counts = np.bincount(filler, minlength=64) / len(filler)
     assert np.abs(counts - 1 / 64).max() < 0.004

@@ -85,11 +85,23 @@ def result(run: RunConfig, accuracy: float | None = 0.5, **fields) -> Result:
     if accuracy is not None:
         scores = Scores(loss=1.0, token_accuracy=accuracy, macro_accuracy=accuracy)
     values = {
-        "fingerprint": run.fingerprint, "status": "finished", "test": scores, "validation": scores,
-        "chosen_step": 20, "steps": 30, "stopped": None, "steps_to_90": None, "parameters": 100,
-        "state_size": 10, "seconds": 1.0, "train_seconds": 0.5, "data_digest": "d" * 16,
-        "environment": {"torch": "2", "git_commit": "a" * 40 + "+"}, "started": 900, "ended": 2_000,
-    }  # fmt: skip
+        "fingerprint": run.fingerprint,
+        "status": "finished",
+        "test": scores,
+        "validation": scores,
+        "chosen_step": 20,
+        "steps": 30,
+        "stopped": None,
+        "steps_to_90": None,
+        "parameters": 100,
+        "state_size": 10,
+        "seconds": 1.0,
+        "train_seconds": 0.5,
+        "data_digest": "d" * 16,
+        "environment": {"torch": "2", "git_commit": "a" * 40 + "+"},
+        "started": 900,
+        "ended": 2_000,
+    }
     return Result(**(values | fields))
 
 
@@ -108,9 +120,15 @@ def learned(run: RunConfig, accuracy: float = 0.5) -> RunFolder:
 
 def swept(*runs: RunConfig, id: str = "s1", plan: str = "quick", started: int = 1) -> SweepRecord:
     record = SweepRecord(
-        id=id, task=runs[0].task.name, plan=plan, protocol="custom", command="mad-efla sweep recall",
-        fingerprints=tuple(r.fingerprint for r in runs), started=started, ended=3_000,
-    )  # fmt: skip
+        id=id,
+        task=runs[0].task.name,
+        plan=plan,
+        protocol="custom",
+        command="mad-efla sweep recall",
+        fingerprints=tuple(r.fingerprint for r in runs),
+        started=started,
+        ended=3_000,
+    )
     write_sweep(OUT, record)
     return record
 
@@ -189,8 +207,10 @@ def test_a_cell_holds_all_there_is_to_know_of_its_run(uri, client):
     assert cell.data.metrics["total/diverged"] == 0
     history = client.get_metric_history(cell.info.run_id, "train/loss")
     assert [(m.step, m.value, m.timestamp) for m in history] == [
-        (10, 1 / 10, 1_010), (20, 1 / 20, 1_020), (30, 1 / 30, 1_030),
-    ]  # fmt: skip
+        (10, 1 / 10, 1_010),
+        (20, 1 / 20, 1_020),
+        (30, 1 / 30, 1_030),
+    ]
     assert [d.dataset.digest for d in cell.inputs.dataset_inputs] == ["d" * 16]
     path = client.download_artifacts(cell.info.run_id, "config.json", ".")
     assert json.loads(Path(path).read_text()) == run.model_dump(mode="json")
@@ -745,9 +765,7 @@ def test_several_processes_may_begin_on_an_empty_folder(template, tmp_path):
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
     context = multiprocessing.get_context("fork")  # MLflow need not be imported again
     queue = context.Queue()
-    processes = [
-        context.Process(target=lambda: queue.put(tracking.sync(uri, OUT).problem)) for _ in range(3)
-    ]
+    processes = [context.Process(target=lambda: queue.put(tracking.sync(uri, OUT).problem)) for _ in range(3)]
     for process in processes:
         process.start()
     assert [queue.get(timeout=60) for _ in processes] == [None] * 3

@@ -120,10 +120,7 @@ def _load_at_once(folder, log, barrier):
 def test_of_many_processes_one_generates(tmp_path):
     context = multiprocessing.get_context("fork")
     log, barrier = tmp_path / "log", context.Barrier(6)
-    processes = [
-        context.Process(target=_load_at_once, args=(tmp_path / "data", log, barrier))
-        for _ in range(6)
-    ]
+    processes = [context.Process(target=_load_at_once, args=(tmp_path / "data", log, barrier)) for _ in range(6)]
     for process in processes:
         process.start()
     for process in processes:

@@ -27,9 +27,7 @@ def finish(run, folder, stops=()):
     for stop in stops:
         count = iter(range(10_000))
         with pytest.raises(Interrupted):
-            loop.train(
-                run, folder, stop=lambda n=stop, c=count: next(c) >= n, look=training_scalars
-            )
+            loop.train(run, folder, stop=lambda n=stop, c=count: next(c) >= n, look=training_scalars)
     return loop.train(run, folder, look=training_scalars)
 
 
@@ -45,12 +43,23 @@ def test_a_tiny_run_learns_and_writes_everything(tmp_path):
     assert ran.keys() == {"delta_rule", "short_conv"}
     names = {name for row in folder.rows()[0] for name in row.metrics}
     assert names == {
-        "train/loss", "train/learning_rate", "train/tokens_per_second",
-        "val/loss", "val/token_accuracy", "val/macro_accuracy", "val/sequence_accuracy",
-        "spectrum/eigenvalue_mean", "spectrum/eigenvalue_min", "spectrum/eigenvalue_max",
-        "spectrum/saturated", "spectrum/beyond_euler", "spectrum/horizon_p50",
-        "spectrum/horizon_beyond", "spectrum/state_effective_rank", "spectrum/state_capacity_used",
-    }  # fmt: skip
+        "train/loss",
+        "train/learning_rate",
+        "train/tokens_per_second",
+        "val/loss",
+        "val/token_accuracy",
+        "val/macro_accuracy",
+        "val/sequence_accuracy",
+        "spectrum/eigenvalue_mean",
+        "spectrum/eigenvalue_min",
+        "spectrum/eigenvalue_max",
+        "spectrum/saturated",
+        "spectrum/beyond_euler",
+        "spectrum/horizon_p50",
+        "spectrum/horizon_beyond",
+        "spectrum/state_effective_rank",
+        "spectrum/state_capacity_used",
+    }
     weights = folder.load_model()
     assert weights.keys() == model.build(run).state_dict().keys()
 
@@ -102,10 +111,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, stops, precision):
     first, second = whole.load_model(), parts.load_model()
     assert all(torch.equal(first[k], second[k]) for k in first)
     curves = [
-        [(row.step, {k: v for k, v in row.metrics.items() if "second" not in k})
-         for row in folder.rows()[0]]
+        [(row.step, {k: v for k, v in row.metrics.items() if "second" not in k}) for row in folder.rows()[0]]
         for folder in (whole, parts)
-    ]  # fmt: skip
+    ]
     assert curves[0] == curves[1]
 
 
@@ -125,9 +133,7 @@ def test_the_chosen_weights_are_the_best_on_validation(tmp_path):
 def test_the_test_split_is_looked_at_once_unless_the_protocol_says_otherwise(tmp_path, monkeypatch):
     looked = []
     scores = loop.Loop._scores
-    monkeypatch.setattr(
-        loop.Loop, "_scores", lambda self, split: looked.append(split) or scores(self, split)
-    )
+    monkeypatch.setattr(loop.Loop, "_scores", lambda self, split: looked.append(split) or scores(self, split))
     run = tiny()
     finish(run, folder_of(run, tmp_path))
     assert looked == ["validation"] * 3 + ["test"]  # what is known is not scored again
@@ -136,9 +142,7 @@ def test_the_test_split_is_looked_at_once_unless_the_protocol_says_otherwise(tmp
     folder = folder_of(run, tmp_path)
     result = finish(run, folder)
     assert looked == ["validation", "test"] * 3
-    curve = [
-        r.metrics["test_curve/loss"] for r in folder.rows()[0] if "test_curve/loss" in r.metrics
-    ]
+    curve = [r.metrics["test_curve/loss"] for r in folder.rows()[0] if "test_curve/loss" in r.metrics]
     assert result.test.loss == min(curve)
 
 
@@ -216,9 +220,7 @@ def test_the_rate_that_is_logged_is_the_rate_that_ran(tmp_path):
     loop.optimizer.step = lambda: (seen.append(loop.optimizer.param_groups[0]["lr"]), step())
     loop.steps(lambda: False)
     assert seen == [learning_rate(run.optim, s, 30) for s in range(30)]
-    logged = [
-        r.metrics["train/learning_rate"] for r in folder.rows()[0] if "train/loss" in r.metrics
-    ]
+    logged = [r.metrics["train/learning_rate"] for r in folder.rows()[0] if "train/loss" in r.metrics]
     assert logged == [seen[9], seen[19], seen[29]]
 
 

@@ -19,9 +19,7 @@ STEPS = 20
 
 @pytest.fixture
 def run():
-    (published, *_) = expand.expand(
-        "recall", "mad_lab", ["optim.weight_decay=0.1", "mixers=[efla]"], "float32"
-    ).runs
+    (published, *_) = expand.expand("recall", "mad_lab", ["optim.weight_decay=0.1", "mixers=[efla]"], "float32").runs
     small = tiny(mixers=["efla"], train__loss="sequence", train__steps=STEPS, task__seq_len=16)
     return small.model_copy(update={"optim": published.optim.model_copy(update={"lr": 1e-2})})
 
@@ -29,9 +27,7 @@ def run():
 def as_published(run):
     """Train as the reference does: every parameter in one group, batches in our order."""
     net = model.build(run).double()  # or rounding grows beyond what is asked within a few steps
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8
-    )
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
     examples = data.make(run.task, run.seed, run.data).train
     inputs, targets = torch.from_numpy(examples.inputs), torch.from_numpy(examples.next_tokens)
     n, size, losses = len(inputs), run.train.batch_size, []
@@ -39,9 +35,7 @@ def as_published(run):
         order = torch.from_numpy(data.stream(run.seed, "order", epoch).permutation(n))
         for rows in order.split(size):
             logits = net(inputs[rows])
-            loss = F.cross_entropy(
-                logits.flatten(0, 1), targets[rows].flatten().long(), ignore_index=IGNORE
-            )
+            loss = F.cross_entropy(logits.flatten(0, 1), targets[rows].flatten().long(), ignore_index=IGNORE)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

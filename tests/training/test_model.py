@@ -84,8 +84,7 @@ def test_building_leaves_the_global_generator_alone():
 
 
 def test_channels_can_be_chosen():
-    sizes = {c: model.parameter_count(model.check(tiny(model__channel=c))) for c in
-             ("none", "mlp", "swiglu")}  # fmt: skip
+    sizes = {c: model.parameter_count(model.check(tiny(model__channel=c))) for c in ("none", "mlp", "swiglu")}
     assert sizes["none"] < sizes["mlp"]
     assert sizes["swiglu"] - sizes["none"] == 3 * 16 * 48 + 16
 
@@ -105,9 +104,7 @@ def test_channel_mixers_are_their_equations_and_see_one_token():
 
 @pytest.mark.parametrize("channel", ["none", "mlp", "swiglu"])
 def test_a_plan_chooses_the_channel_mixer(channel):
-    found = expand.expand(
-        "recall", "quick", [f"model.channel={channel}", "protocol=custom"], "float32"
-    )
+    found = expand.expand("recall", "quick", [f"model.channel={channel}", "protocol=custom"], "float32")
     assert {r.model.channel for r in found.runs} == {channel}
     built = model.build(tiny(model__channel=channel, model__depth=2))
     kinds = [type(layer).__name__ for layer in built.stack.layers]

@@ -23,9 +23,7 @@ def loop_of(run, tmp_path, name="run"):
 def made(run, tmp_path, form, steps=12, **options):
     """Make steps of a run in a form, over full and smaller batches; return losses and weights."""
     loop = loop_of(run, tmp_path)
-    loop.stepper = step.FORMS[form](
-        loop.model, run.train, run.optim, *loop.splits["train"], **options
-    )
+    loop.stepper = step.FORMS[form](loop.model, run.train, run.optim, *loop.splits["train"], **options)
     for _ in range(steps):
         loop.train_step()
     return torch.stack(loop.losses), dict(loop.model.named_parameters())

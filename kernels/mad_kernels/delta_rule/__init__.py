@@ -19,14 +19,7 @@ from mad_kernels.delta_rule.members import (
     rk4_step,
 )
 from mad_kernels.delta_rule.operator import delta_rule, delta_rule_step
-from mad_kernels.delta_rule.unit_keys import (
-    STEPS,
-    Step,
-    UnitKeyForm,
-    gated_unit_key_form,
-    l2_normalize,
-    unit_key_form,
-)
+from mad_kernels.delta_rule.unit_keys import STEPS, Step, UnitKeyForm, gated_unit_key_form, l2_normalize, unit_key_form
 
 __all__ = [
     "STEPS",

@@ -60,9 +60,7 @@ def _backward(q, k, v, erase, write, log_decay, U, states, T, d_o, d_final, C):
     return grads
 
 
-def _scalars(
-    erase: Tensor | None, write: Tensor, log_decay: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _scalars(erase: Tensor | None, write: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Give erase and decay as the loops read them."""
     e = torch.zeros_like(write) if erase is None else erase
     return e, None if log_decay is None else log_decay.exp()

@@ -166,9 +166,7 @@ def backward(q, k, v, e, w, g, states, U, d_out, d_final, C, dq, dk, dv, de, dw,
                     _replay(walk, columns, K, u, do, du, Z, dQ, g, b, first, h, T, i, Wk, Wv)
                     at = h * turned + i * columns
                     slab = dSt[at : at + columns * LANES]
-                    _pull_turned(
-                        slab, columns, walk, Q, K, u, do, R, dK, g, dg, b, first, h, T, i, Wk, Wv
-                    )
+                    _pull_turned(slab, columns, walk, Q, K, u, do, R, dK, g, dg, b, first, h, T, i, Wk, Wv)
                 gather(v, b, first, h, T, do, Wv)
                 _finish(K, do, e, w, Z, dK, du, b, first, h, T, Wk, Wv, de, dw)
                 scatter(dQ, Wk, dq, b, first, h, T)

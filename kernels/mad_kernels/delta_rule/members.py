@@ -43,9 +43,7 @@ class Options(TypedDict, total=False):
     backend: str
 
 
-def efla(
-    q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]
-) -> tuple[Values, State | None]:
+def efla(q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]) -> tuple[Values, State | None]:
     """Run EFLA: the exact flow for a time beta, whatever the norm of the key."""
     return _on_unit_keys("efla", "exact", q, k, v, beta, options)
 
@@ -55,23 +53,17 @@ def efla_step(q_t: Key, k_t: Key, v_t: Value, beta_t: Scalar, state: State) -> t
     return _step_on_unit_keys("efla_step", "exact", q_t, k_t, v_t, beta_t, state)
 
 
-def deltanet(
-    q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]
-) -> tuple[Values, State | None]:
+def deltanet(q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]) -> tuple[Values, State | None]:
     """Run the delta rule of DeltaNet, erase = write = beta, on keys as given."""
     return delta_rule(q, k, v, beta, beta, **options)
 
 
-def deltanet_step(
-    q_t: Key, k_t: Key, v_t: Value, beta_t: Scalar, state: State
-) -> tuple[Value, State]:
+def deltanet_step(q_t: Key, k_t: Key, v_t: Value, beta_t: Scalar, state: State) -> tuple[Value, State]:
     """Take one token of `deltanet`, for decoding."""
     return delta_rule_step(q_t, k_t, v_t, beta_t, beta_t, None, state)
 
 
-def rk2(
-    q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]
-) -> tuple[Values, State | None]:
+def rk2(q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]) -> tuple[Values, State | None]:
     """Run the second-order Runge-Kutta step; it grows without bound for beta |k|^2 > 2."""
     return _on_unit_keys("rk2", "rk2", q, k, v, beta, options)
 
@@ -81,9 +73,7 @@ def rk2_step(q_t: Key, k_t: Key, v_t: Value, beta_t: Scalar, state: State) -> tu
     return _step_on_unit_keys("rk2_step", "rk2", q_t, k_t, v_t, beta_t, state)
 
 
-def rk4(
-    q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]
-) -> tuple[Values, State | None]:
+def rk4(q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]) -> tuple[Values, State | None]:
     """Run the fourth-order Runge-Kutta step; it grows without bound for beta |k|^2 > 2.785."""
     return _on_unit_keys("rk4", "rk4", q, k, v, beta, options)
 
@@ -93,30 +83,22 @@ def rk4_step(q_t: Key, k_t: Key, v_t: Value, beta_t: Scalar, state: State) -> tu
     return _step_on_unit_keys("rk4_step", "rk4", q_t, k_t, v_t, beta_t, state)
 
 
-def implicit(
-    q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]
-) -> tuple[Values, State | None]:
+def implicit(q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]) -> tuple[Values, State | None]:
     """Run the implicit Euler step of Longhorn; it never grows."""
     return _on_unit_keys("implicit", "implicit", q, k, v, beta, options)
 
 
-def implicit_step(
-    q_t: Key, k_t: Key, v_t: Value, beta_t: Scalar, state: State
-) -> tuple[Value, State]:
+def implicit_step(q_t: Key, k_t: Key, v_t: Value, beta_t: Scalar, state: State) -> tuple[Value, State]:
     """Take one token of `implicit`, for decoding."""
     return _step_on_unit_keys("implicit_step", "implicit", q_t, k_t, v_t, beta_t, state)
 
 
-def kaczmarz(
-    q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]
-) -> tuple[Values, State | None]:
+def kaczmarz(q: Keys, k: Keys, v: Values, beta: Scalars, **options: Unpack[Options]) -> tuple[Values, State | None]:
     """Run the Kaczmarz step: erase is beta at any norm of the key well above 1e-3."""
     return _on_unit_keys("kaczmarz", "kaczmarz", q, k, v, beta, options)
 
 
-def kaczmarz_step(
-    q_t: Key, k_t: Key, v_t: Value, beta_t: Scalar, state: State
-) -> tuple[Value, State]:
+def kaczmarz_step(q_t: Key, k_t: Key, v_t: Value, beta_t: Scalar, state: State) -> tuple[Value, State]:
     """Take one token of `kaczmarz`, for decoding."""
     return _step_on_unit_keys("kaczmarz_step", "kaczmarz", q_t, k_t, v_t, beta_t, state)
 

@@ -55,9 +55,7 @@ def room_backward(q, k, v, erase, write, log_decay, U, states, T, d_o, d_final, 
     return tuple(v.new_empty(shape) for shape in (*shapes, d_final.shape))
 
 
-def register_passes(
-    backend: str, forward: Callable, backward: Callable, *, inverts: bool
-) -> Callable[..., tuple]:
+def register_passes(backend: str, forward: Callable, backward: Callable, *, inverts: bool) -> Callable[..., tuple]:
     """Register the passes of a backend, and give the function that has their gradients.
 
     The function takes tensors as `delta_rule` does, then C, and returns o in the dtype of v, and

@@ -56,8 +56,6 @@ def delta_rule_reference(
     outputs = []
     for t in range(q.shape[1]):
         decay_t = None if log_decay is None else log_decay[:, t]
-        o_t, state = delta_rule_token(
-            q[:, t], k[:, t], v[:, t], erase[:, t], write[:, t], decay_t, state
-        )
+        o_t, state = delta_rule_token(q[:, t], k[:, t], v[:, t], erase[:, t], write[:, t], decay_t, state)
         outputs.append(o_t)
     return (torch.stack(outputs, dim=1) if outputs else v.clone()), state

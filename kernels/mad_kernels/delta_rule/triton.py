@@ -122,16 +122,10 @@ def _forward(
         if L:
             del walk["BV"]
             prepare_kernel[(B * H * triton.cdiv(L, CHUNK),)](
-                *(q, k, e, g, P, T, L, H, G, Dk),
-                LEVELS=CHUNK.bit_length() - 1,
-                PRODUCT=product,
-                **walk,
+                *(q, k, e, g, P, T, L, H, G, Dk), LEVELS=CHUNK.bit_length() - 1, PRODUCT=product, **walk
             )
         forward_kernel[(B * H, triton.cdiv(Dv, hold["BV"]))](
-            *(q, k, v_, e, w, g, S, P, T, o, final, U, states, L, H, G, Dk, Dv),
-            SAVE=save,
-            PRODUCT=product,
-            **hold,
+            *(q, k, v_, e, w, g, S, P, T, o, final, U, states, L, H, G, Dk, Dv), SAVE=save, PRODUCT=product, **hold
         )
     return o.to(v.dtype), final, P, T, U, states
 
@@ -467,9 +461,7 @@ def gather_kernel(
     i = tl.arange(0, C)
     at, here = row + i * H, n * C + i < L
     w = load_tokens(write_ptr, at, here)
-    d_P, d_A, d_write = along_values(
-        v_ptr, U_ptr, d_o_ptr, d_X_ptr, d_v_ptr, at, here, w, Dv, ERASE, C, BV, PRODUCT
-    )
+    d_P, d_A, d_write = along_values(v_ptr, U_ptr, d_o_ptr, d_X_ptr, d_v_ptr, at, here, w, Dv, ERASE, C, BV, PRODUCT)
     store_tokens(d_write_ptr, at, here, d_write)
     by_keys = tl.zeros((C,), tl.float32)
     gram = tl.zeros((C, C), tl.float32)

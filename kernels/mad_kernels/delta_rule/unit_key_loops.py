@@ -10,18 +10,7 @@ from typing import no_type_check
 
 import numpy as np
 
-from mad_kernels.lanes import (
-    LANES,
-    aligned_zeros,
-    compile_loop,
-    copy,
-    fma,
-    load,
-    mul,
-    spread,
-    store,
-    total,
-)
+from mad_kernels.lanes import LANES, aligned_zeros, compile_loop, copy, fma, load, mul, spread, store, total
 
 
 @compile_loop

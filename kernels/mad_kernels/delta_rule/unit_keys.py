@@ -51,9 +51,7 @@ class UnitKeyForm(NamedTuple):
     write: Tensor  # [...]
 
 
-def unit_key_form(
-    k: Float[Tensor, "*axes Dk"], beta: Float[Tensor, "*axes"], step: Step = "exact"
-) -> UnitKeyForm:
+def unit_key_form(k: Float[Tensor, "*axes Dk"], beta: Float[Tensor, "*axes"], step: Step = "exact") -> UnitKeyForm:
     """Rewrite a step of a raw key as erase and write strengths on its unit key.
 
     Args:
@@ -134,9 +132,7 @@ def _unit_keys_forward(k: Tensor, floor: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("mad_kernels::unit_keys_backward", mutates_args=())
 @no_type_check
-def _unit_keys_backward(
-    key: Tensor, norm: Tensor, d_key: Tensor, d_norm: Tensor, floor: float
-) -> Tensor:
+def _unit_keys_backward(key: Tensor, norm: Tensor, d_key: Tensor, d_norm: Tensor, floor: float) -> Tensor:
     if not runs_compiled_loops(key):
         along = torch.where(norm > floor, d_norm - (d_key * key).sum(-1) / norm, 0)
         return d_key / norm[..., None] + key * along[..., None]

@@ -54,11 +54,7 @@ def forward(q, k, v, g, a, b, state, C, o, final, recalled, states):
     rows = Dk + Dk % 2
     size = rows * Wv
     dtype = v.dtype
-    Q, K, G = (
-        aligned_zeros(C * Wk, dtype),
-        aligned_zeros(C * Wk, dtype),
-        aligned_zeros(C * Wk, dtype),
-    )
+    Q, K, G = (aligned_zeros(C * Wk, dtype), aligned_zeros(C * Wk, dtype), aligned_zeros(C * Wk, dtype))
     A, B = aligned_zeros(C * Wk, dtype), aligned_zeros((C + 1) * Wk, dtype)
     V, R = aligned_zeros(C * Wv, dtype), aligned_zeros(C * Wv, dtype)
     S = aligned_zeros(H * size, dtype)
@@ -125,9 +121,7 @@ def _read(S, rows, Q, K, G, a, A, B, V, R, T, j, Wk, Wv):
 
 @compile_loop
 @no_type_check
-def backward(
-    q, k, v, g, a, b, recalled, states, d_out, d_final, C, dq, dk, dv, dg, da, db, d_initial
-):
+def backward(q, k, v, g, a, b, recalled, states, d_out, d_final, C, dq, dk, dv, dg, da, db, d_initial):
     """Fill the gradients `dq` to `d_initial`; dg is the one by log_decay."""
     Bs, L, H, Dk = k.shape
     Dv = v.shape[3]
@@ -135,23 +129,11 @@ def backward(
     rows, columns = Dk + Dk % 2, Dv + Dv % 2
     size, turned = rows * Wv, columns * Wk
     dtype = v.dtype
-    Q, K, A = (
-        aligned_zeros(C * Wk, dtype),
-        aligned_zeros(C * Wk, dtype),
-        aligned_zeros(C * Wk, dtype),
-    )
+    Q, K, A = (aligned_zeros(C * Wk, dtype), aligned_zeros(C * Wk, dtype), aligned_zeros(C * Wk, dtype))
     G, B = aligned_zeros((C + 1) * Wk, dtype), aligned_zeros((C + 1) * Wk, dtype)
-    V, R, do = (
-        aligned_zeros(C * Wv, dtype),
-        aligned_zeros(C * Wv, dtype),
-        aligned_zeros(C * Wv, dtype),
-    )
+    V, R, do = (aligned_zeros(C * Wv, dtype), aligned_zeros(C * Wv, dtype), aligned_zeros(C * Wv, dtype))
     dV, dR = aligned_zeros(C * Wv, dtype), aligned_zeros((C + 1) * Wv, dtype)
-    dQ, dK, dG = (
-        aligned_zeros(C * Wk, dtype),
-        aligned_zeros(C * Wk, dtype),
-        aligned_zeros(C * Wk, dtype),
-    )
+    dQ, dK, dG = (aligned_zeros(C * Wk, dtype), aligned_zeros(C * Wk, dtype), aligned_zeros(C * Wk, dtype))
     dA, dB = aligned_zeros(C * Wk, dtype), aligned_zeros(C * Wk, dtype)
     dS, dSt = aligned_zeros(H * size, dtype), aligned_zeros(H * turned, dtype)
     St = aligned_zeros(turned, dtype)
@@ -187,9 +169,7 @@ def backward(
                     _replay(walk, columns, K, G, a, A, V, R, do, dR, dB, dQ, T, i, Wk, Wv)
                     at = h * turned + i * columns
                     slab = dSt[at : at + columns * LANES]
-                    _pull_turned(
-                        slab, columns, walk, Q, G, a, B, V, R, do, dR, dK, dG, dA, T, i, Wk, Wv
-                    )
+                    _pull_turned(slab, columns, walk, Q, G, a, B, V, R, do, dR, dK, dG, dA, T, i, Wk, Wv)
                 scatter(dQ, Wk, dq, s, first, h, T)
                 scatter(dK, Wk, dk, s, first, h, T)
                 scatter(dV, Wv, dv, s, first, h, T)

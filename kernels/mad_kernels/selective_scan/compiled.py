@@ -79,6 +79,4 @@ def _to_slabs(x: Tensor) -> Tensor:
 def _from_slabs(x: Tensor, channels: int, width: int) -> Tensor:
     """Turn flat slabs back into [... D N]."""
     slabs = -(-channels // _LANES)
-    return (
-        x.unflatten(-1, (slabs, width, _LANES)).mT.flatten(-3, -2)[..., :channels, :].contiguous()
-    )
+    return x.unflatten(-1, (slabs, width, _LANES)).mT.flatten(-3, -2)[..., :channels, :].contiguous()

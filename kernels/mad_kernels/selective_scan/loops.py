@@ -20,19 +20,7 @@ from typing import no_type_check
 
 import numpy as np
 
-from mad_kernels.lanes import (
-    LANES,
-    aligned_zeros,
-    compile_loop,
-    copy,
-    exp,
-    fma,
-    load,
-    mul,
-    spread,
-    store,
-    total,
-)
+from mad_kernels.lanes import LANES, aligned_zeros, compile_loop, copy, exp, fma, load, mul, spread, store, total
 
 
 @compile_loop
@@ -89,11 +77,7 @@ def backward(x, dt, a, b, c, states, dy, C, dS, dx, ddt, da, db, dc):
     B, L, D = x.shape
     N = b.shape[2]
     W = -(-D // LANES) * LANES
-    X, dT, dY = (
-        aligned_zeros(C * W, x.dtype),
-        aligned_zeros(C * W, x.dtype),
-        aligned_zeros(C * W, x.dtype),
-    )
+    X, dT, dY = (aligned_zeros(C * W, x.dtype), aligned_zeros(C * W, x.dtype), aligned_zeros(C * W, x.dtype))
     dA, A = aligned_zeros(W * N, x.dtype), aligned_zeros(W * N, x.dtype)
     walk = aligned_zeros((C + 1) * N * LANES, x.dtype)
     E = aligned_zeros(C * N * LANES, x.dtype)
@@ -116,10 +100,7 @@ def backward(x, dt, a, b, c, states, dy, C, dS, dx, ddt, da, db, dc):
                 at, end = d * N, (d + LANES) * N
                 walk[: N * LANES] = states[s, chunk, at:end]
                 _replay(walk, A[at:end], E, X, dT, b[s], first, T, d, W, N)
-                _pull(
-                    own[at:end], A[at:end], dA[at:end], walk, E, X, dT, dY,
-                    b[s], c[s], by_b, by_c, first, T, d, W, N,
-                )  # fmt: skip
+                _pull(own[at:end], A[at:end], dA[at:end], walk, E, X, dT, dY, b[s], c[s], by_b, by_c, first, T, d, W, N)
             for t in range(T):
                 for n in range(N):
                     at = (t * N + n) * LANES

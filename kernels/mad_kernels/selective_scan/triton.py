@@ -183,14 +183,8 @@ def forward_kernel(
         if SAVE:
             tl.store(states_ptr + (sequence * chunks + chunk) * D * N + at_S, S, mask=in_S)
         t = chunk * C + tl.arange(0, C)
-        at_x, in_x = (
-            (sequence * L + t)[:, None] * D + d[None, :],
-            (t[:, None] < L) & (d[None, :] < D),
-        )
-        at_b, in_b = (
-            (sequence * L + t)[:, None] * N + n[None, :],
-            (t[:, None] < L) & (n[None, :] < N),
-        )
+        at_x, in_x = ((sequence * L + t)[:, None] * D + d[None, :], (t[:, None] < L) & (d[None, :] < D))
+        at_b, in_b = ((sequence * L + t)[:, None] * N + n[None, :], (t[:, None] < L) & (n[None, :] < N))
         x, dt, b = load(x_ptr, at_x, in_x), load(dt_ptr, at_x, in_x), load(b_ptr, at_b, in_b)
         E, poured = laid_out(x, dt, a, b)
         before, S = replay(S, E, poured, C, BD, BN)
@@ -239,14 +233,8 @@ def backward_kernel(
     for back in range(chunks):
         chunk = chunks - 1 - back
         t = chunk * C + tl.arange(0, C)
-        at_x, in_x = (
-            (sequence * L + t)[:, None] * D + d[None, :],
-            (t[:, None] < L) & (d[None, :] < D),
-        )
-        at_b, in_b = (
-            (sequence * L + t)[:, None] * N + n[None, :],
-            (t[:, None] < L) & (n[None, :] < N),
-        )
+        at_x, in_x = ((sequence * L + t)[:, None] * D + d[None, :], (t[:, None] < L) & (d[None, :] < D))
+        at_b, in_b = ((sequence * L + t)[:, None] * N + n[None, :], (t[:, None] < L) & (n[None, :] < N))
         x, dt, b = load(x_ptr, at_x, in_x), load(dt_ptr, at_x, in_x), load(b_ptr, at_b, in_b)
         S = load(states_ptr + (sequence * chunks + chunk) * D * N, at_S, in_S)
         E, poured = laid_out(x, dt, a, b)

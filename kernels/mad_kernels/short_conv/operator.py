@@ -94,8 +94,7 @@ def _check_taps(operator: str, taps: int, activation: str | None) -> None:
         raise ValueError(f"{operator}: weight has K={taps} taps, at least 1 is needed: add one")
     if activation not in (None, "silu"):
         raise ValueError(
-            f"{operator}: activation={activation!r} is not built in: take 'silu', or None and "
-            f"apply it to the output"
+            f"{operator}: activation={activation!r} is not built in: take 'silu', or None and apply it to the output"
         )
 
 

@@ -42,9 +42,7 @@ def short_conv_triton(
 
 @torch.library.custom_op("mad_kernels::short_conv_triton_forward", mutates_args=())
 @no_type_check
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
     (B, L, D), (W, _, K) = x.shape, weight.shape
     y = writable(x, B, L, D, dtype=x.dtype)
     first = max(0, L - (K - 1))
@@ -147,9 +145,7 @@ def forward_kernel(
     sequence = tl.program_id(0).to(tl.int64)
     t, d = tl.program_id(1) * BT + tl.arange(0, BT), tl.program_id(2) * BD + tl.arange(0, BD)
     taps = sequence // share * D + d
-    z = convolved(
-        x_ptr, weight_ptr, bias_ptr, state_ptr, sequence, t, d, taps, L, D, K, BIAS, BT, BD
-    )
+    z = convolved(x_ptr, weight_ptr, bias_ptr, state_ptr, sequence, t, d, taps, L, D, K, BIAS, BT, BD)
     if SILU:
         z *= tl.sigmoid(z)
     within = (t[:, None] < L) & (d[None, :] < D)
@@ -190,9 +186,7 @@ def backward_kernel(
         at = (sequence * L + t)[:, None] * D + d[None, :]
         dz = tl.load(d_y_ptr + at, mask=within, other=0.0).to(tl.float32)
         if SILU:
-            z = convolved(
-                x_ptr, weight_ptr, bias_ptr, state_ptr, sequence, t, d, taps, L, D, K, BIAS, BT, BD
-            )
+            z = convolved(x_ptr, weight_ptr, bias_ptr, state_ptr, sequence, t, d, taps, L, D, K, BIAS, BT, BD)
             s = tl.sigmoid(z)
             dz *= s * (1 + z * (1 - s))
         w = tl.load(weight_ptr + taps * K + j, mask=d < D, other=0.0).to(tl.float32)

@@ -20,10 +20,7 @@ PAGE = 6.75
 MANY = 8
 """Lines that colour and dash tell apart in one panel."""
 
-_DASHES = (
-    (None, None), (4, 1.5), (1, 1), (3, 1.2, 1.2, 1.2), (7, 2), (5, 1, 1, 1, 1, 1), (2, 1),
-    (7, 1.2, 2, 1.2),
-)  # fmt: skip
+_DASHES = ((None, None), (4, 1.5), (1, 1), (3, 1.2, 1.2, 1.2), (7, 2), (5, 1, 1, 1, 1, 1), (2, 1), (7, 1.2, 2, 1.2))
 _COLOURS = (0, 1, 2, 3, 4, 5, 7, 9)  # of seaborn's ten; its pink and its yellow are too pale
 
 
@@ -37,9 +34,7 @@ class Line(NamedTuple):
 @contextlib.contextmanager
 def style() -> Iterator[None]:
     """Draw in our style while inside; the caller's settings of matplotlib come back after it."""
-    settings: dict[Any, Any] = seaborn.axes_style("ticks") | seaborn.plotting_context(
-        "paper", font_scale=0.85
-    )
+    settings: dict[Any, Any] = seaborn.axes_style("ticks") | seaborn.plotting_context("paper", font_scale=0.85)
     settings |= {
         "axes.linewidth": 0.6,
         "axes.spines.right": False,

@@ -55,13 +55,13 @@ def curves(arms: list[Arm], *, width: float = figures.PAGE) -> Figure:
     """
     names = list(dict.fromkeys(name for arm in arms for name in arm.curves))
     panels = [
-        sweeps.Panel(name, SEVERITY.get(name, "severity"), [
-            sweeps.Curve(arm.mixer, c.severities, c.accuracy)
-            for arm in arms
-            if (c := arm.curves.get(name))
-        ])
+        sweeps.Panel(
+            name,
+            SEVERITY.get(name, "severity"),
+            [sweeps.Curve(arm.mixer, c.severities, c.accuracy) for arm in arms if (c := arm.curves.get(name))],
+        )
         for name in names
-    ]  # fmt: skip
+    ]
     return sweeps.curves(panels, [arm.mixer for arm in arms], marks=False, width=width)
 
 
@@ -99,12 +99,10 @@ def states(accounts: list[Account], *, width: float = figures.PAGE) -> Figure:
                 grid[rows[-1], column].tick_params(labelbottom=True)
         corruption = accounts[0].corruption
         figure.supxlabel(
-            f"{corruption}: {SEVERITY.get(corruption, 'severity')}",
-            fontsize=matplotlib.rcParams["axes.labelsize"],
+            f"{corruption}: {SEVERITY.get(corruption, 'severity')}", fontsize=matplotlib.rcParams["axes.labelsize"]
         )
         handles = [
-            Line2D([], [], color=look[a.mixer].color, dashes=look[a.mixer].dashes, label=a.mixer)
-            for a in accounts
+            Line2D([], [], color=look[a.mixer].color, dashes=look[a.mixer].dashes, label=a.mixer) for a in accounts
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=3)
         return figure
@@ -127,14 +125,11 @@ def blame(accounts: list[Account], *, width: float = figures.PAGE) -> Figure:
                 if part not in account.blames:
                     continue
                 for score, shift, colour, face in zip(
-                    account.blames[part], (-0.15, 0.15), (orange, blue), (orange, "white"),
-                    strict=True,
-                ):  # fmt: skip
+                    account.blames[part], (-0.15, 0.15), (orange, blue), (orange, "white"), strict=True
+                ):
                     low, high = (score.mean if end is None else end for end in score[1:])
                     axes.plot([100 * low, 100 * high], [y + shift] * 2, color=colour, linewidth=0.8)
-                    axes.plot(
-                        100 * score.mean, y + shift, "o", ms=4, color=colour, markerfacecolor=face
-                    )
+                    axes.plot(100 * score.mean, y + shift, "o", ms=4, color=colour, markerfacecolor=face)
             for level in (account.clean.mean, account.corrupted.mean):
                 axes.axvline(100 * level, color="0.5", linewidth=0.8, linestyle=":", zorder=0)
             axes.set_yticks(range(len(parts)), parts)
@@ -153,8 +148,7 @@ def blame(accounts: list[Account], *, width: float = figures.PAGE) -> Figure:
         )
         marks = [
             Line2D([], [], color=orange, marker="o", ms=4, label="only this part corrupted"),
-            Line2D([], [], color=blue, marker="o", ms=4, markerfacecolor="white",
-                   label="only this part set back"),
-        ]  # fmt: skip
+            Line2D([], [], color=blue, marker="o", ms=4, markerfacecolor="white", label="only this part set back"),
+        ]
         figure.legend(handles=marks, loc="outside upper center", ncols=2)
         return figure

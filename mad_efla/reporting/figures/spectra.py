@@ -23,13 +23,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
-from matplotlib.ticker import (
-    FuncFormatter,
-    MaxNLocator,
-    NullFormatter,
-    NullLocator,
-    PercentFormatter,
-)
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 from torch import Tensor
 
 from mad_efla import spectrum
@@ -232,10 +226,7 @@ def figures(diagnoses: dict[str, Diagnosis]) -> dict[str, Figure]:
     """
     looks = lines(list(diagnoses))
     depth = max(len(d.layers) for d in diagnoses.values())
-    rows = [
-        {name: d.layers[i] for name, d in diagnoses.items() if i < len(d.layers)}
-        for i in range(depth)
-    ]
+    rows = [{name: d.layers[i] for name, d in diagnoses.items() if i < len(d.layers)} for i in range(depth)]
     found = {}
     with style():
         if any(layer.tokens for row in rows for layer in row.values()):
@@ -329,11 +320,7 @@ def _page(columns: int, rows: int, *, wide: int = 0) -> tuple[Figure, GridSpec]:
 
 
 def _draw(
-    figure: Figure,
-    grid: GridSpec,
-    panels: list[Panel],
-    rows: list[dict[str, LayerDiagnosis]],
-    looks: dict[str, Line],
+    figure: Figure, grid: GridSpec, panels: list[Panel], rows: list[dict[str, LayerDiagnosis]], looks: dict[str, Line]
 ) -> None:
     """Draw panels in columns and layers in rows; a column has the same axes everywhere."""
     for column, panel in enumerate(panels):
@@ -342,8 +329,7 @@ def _draw(
             first = cells[0][0] if cells else None
             ax = figure.add_subplot(grid[i, column], sharex=first, sharey=first)
             drawn = [
-                Drawn(row[name].kind, part, panel.curve(part), looks[name])
-                for name, part in panel.parts(row).items()
+                Drawn(row[name].kind, part, panel.curve(part), looks[name]) for name, part in panel.parts(row).items()
             ]
             for run in drawn:
                 _plot(ax, run, shade=len(looks) <= _WITH_QUARTILES)
@@ -360,9 +346,7 @@ def _draw(
         cells[-1][0].set_xlabel(panel.x)
 
 
-def _drawn(
-    panels: list[Panel], rows: list[dict[str, LayerDiagnosis]], looks: dict[str, Line]
-) -> dict[str, Line]:
+def _drawn(panels: list[Panel], rows: list[dict[str, LayerDiagnosis]], looks: dict[str, Line]) -> dict[str, Line]:
     """Return the looks of the runs that appear in some panel."""
     seen = {name for panel in panels for row in rows for name in panel.parts(row)}
     return {name: look for name, look in looks.items() if name in seen}
@@ -407,10 +391,16 @@ def _mark(ax: Axes, y: float, text: str, side: Literal["left", "right"] = "right
     """Draw a level across a panel, and its name at one end."""
     ax.axhline(y, color=_GREY, linewidth=0.7, linestyle=":", zorder=0)
     ax.annotate(
-        text, (side == "right", y), xycoords=("axes fraction", "data"),
-        xytext=(0 if side == "right" else 3, 1), textcoords="offset points", ha=side, va="bottom",
-        fontsize=_SMALL, color=_GREY,
-    )  # fmt: skip
+        text,
+        (side == "right", y),
+        xycoords=("axes fraction", "data"),
+        xytext=(0 if side == "right" else 3, 1),
+        textcoords="offset points",
+        ha=side,
+        va="bottom",
+        fontsize=_SMALL,
+        color=_GREY,
+    )
 
 
 # ------------------------------------------------------------------ eigenvalues
@@ -490,10 +480,13 @@ def _strips(ax: Axes, tokens: PerToken, centres: np.ndarray) -> Any:
     shares = eigenvalue_shares(tokens, centres)
     half = (centres[1] - centres[0]) / 2
     image = ax.imshow(
-        np.where(shares > 0, shares, np.nan), aspect="auto", cmap="rocket_r",
-        norm=PowerNorm(0.5, 0, 1), interpolation="nearest",
+        np.where(shares > 0, shares, np.nan),
+        aspect="auto",
+        cmap="rocket_r",
+        norm=PowerNorm(0.5, 0, 1),
+        interpolation="nearest",
         extent=(centres[0] - half, centres[-1] + half, len(shares) - 0.5, -0.5),
-    )  # fmt: skip
+    )
     for mark in (-1, 0, 1):
         if centres[0] <= mark:
             ax.axvline(mark, color=_GREY, linewidth=0.7, linestyle=":")
@@ -503,9 +496,14 @@ def _strips(ax: Axes, tokens: PerToken, centres: np.ndarray) -> Any:
     beyond = (tokens.eigenvalue.abs() > 1 + 1e-9).double().mean().item()
     if beyond:
         ax.annotate(
-            f"{100 * beyond:.2g} % beyond ±1", (0, 1), xycoords="axes fraction",
-            xytext=(2, 1), textcoords="offset points", va="bottom", fontsize=_SMALL,
-        )  # fmt: skip
+            f"{100 * beyond:.2g} % beyond ±1",
+            (0, 1),
+            xycoords="axes fraction",
+            xytext=(2, 1),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=_SMALL,
+        )
     return image
 
 
@@ -539,15 +537,18 @@ def _exactness(rows: list[dict[str, LayerDiagnosis]]) -> Figure:
         beyond = (tokens.x > EULER_LIMIT).double().mean().item()
         ax.annotate(
             f"x: median {tokens.x.median():.2g}, {100 * beyond:.2g} % over {EULER_LIMIT:g}",
-            (0.5, 1), xycoords="axes fraction", xytext=(0, 2), textcoords="offset points",
-            ha="center", va="bottom", fontsize=_SMALL, color=_GREY,
-        )  # fmt: skip
+            (0.5, 1),
+            xycoords="axes fraction",
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=_SMALL,
+            color=_GREY,
+        )
     figure.supxlabel("error along the key,\n|factor of the step - exp(-x)|", fontsize="medium")
     figure.supylabel("tokens with a larger error", fontsize="medium")
-    handles = [
-        Line2D([], [], color=look.color, dashes=look.dashes, label=_STEPS[step])
-        for step, look in looks.items()
-    ]
+    handles = [Line2D([], [], color=look.color, dashes=look.dashes, label=_STEPS[step]) for step, look in looks.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=4 if len(runs) > 1 else 2)
     return figure
 
@@ -565,10 +566,16 @@ def _frame_x(ax: Axes, drawn: list[Drawn]) -> None:
         for at, text, shift in ((EULER_LIMIT, "Euler's limit", -6), (SATURATED, "saturated", 2)):
             ax.axvline(at, color=_GREY, linewidth=0.7, linestyle=":", zorder=0)
             ax.annotate(
-                f"{text}, {at:g}", (at, 0.04), xycoords=("data", "axes fraction"), rotation=90,
-                xytext=(shift, 0), textcoords="offset points", va="bottom", fontsize=_SMALL,
+                f"{text}, {at:g}",
+                (at, 0.04),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                xytext=(shift, 0),
+                textcoords="offset points",
+                va="bottom",
+                fontsize=_SMALL,
                 color=_GREY,
-            )  # fmt: skip
+            )
 
 
 def _frame_products(ax: Axes, drawn: list[Drawn]) -> None:
@@ -598,10 +605,15 @@ def _ends(ax: Axes, drawn: list[Drawn]) -> None:
         heights.append(at)
     for run, height in zip(ordered, heights, strict=True):
         ax.annotate(
-            f"{100 * run.curve.middle[-1]:.3g} %", (1, height), xycoords="axes fraction",
-            xytext=(3, 0), textcoords="offset points", va="center", fontsize=_SMALL,
+            f"{100 * run.curve.middle[-1]:.3g} %",
+            (1, height),
+            xycoords="axes fraction",
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=_SMALL,
             color=run.look.color,
-        )  # fmt: skip
+        )
 
 
 def _fall(ax: Axes) -> None:
@@ -663,13 +675,7 @@ def _frame_keys(ax: Axes, drawn: list[Drawn]) -> None:
 
 
 _STATE = [
-    Panel(
-        "effective rank\nof the state",
-        "tokens read",
-        lambda layer: layer.state,
-        rank_over_time,
-        _frame_rank,
-    ),
+    Panel("effective rank\nof the state", "tokens read", lambda layer: layer.state, rank_over_time, _frame_rank),
     Panel(
         "singular values of the last state,\nshare of the largest",
         "index",
@@ -678,11 +684,7 @@ _STATE = [
         _frame_sizes,
     ),
     Panel(
-        "Gram eigenvalues of the keys,\ntimes their width",
-        "index",
-        lambda layer: layer.keys,
-        key_spread,
-        _frame_keys,
+        "Gram eigenvalues of the keys,\ntimes their width", "index", lambda layer: layer.keys, key_spread, _frame_keys
     ),
 ]
 
@@ -703,32 +705,26 @@ def _evenly(ax: Axes, drawn: list[Drawn], of: Callable[[np.ndarray], np.ndarray]
     read = np.array([1.0, max(run.curve.x[-1] for run in drawn)])
     ax.plot(read, of(read), color=_GREY, linewidth=0.7, linestyle=":", zorder=0)
     ax.annotate(
-        "all alike", (read[1], of(read)[1]), xytext=(-2, 0), textcoords="offset points",
-        ha="right", va="center", fontsize=_SMALL, color=_GREY,
-    )  # fmt: skip
+        "all alike",
+        (read[1], of(read)[1]),
+        xytext=(-2, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        fontsize=_SMALL,
+        color=_GREY,
+    )
 
 
 _REACH = [
     Panel(
-        "mean distance looked back,\ntokens",
-        "tokens read",
-        lambda layer: layer.reach,
-        reach_distance,
-        _frame_distance,
+        "mean distance looked back,\ntokens", "tokens read", lambda layer: layer.reach, reach_distance, _frame_distance
     ),
-    Panel(
-        "tokens looked at,\nexp(entropy)",
-        "tokens read",
-        lambda layer: layer.reach,
-        reach_width,
-        _frame_width,
-    ),
+    Panel("tokens looked at,\nexp(entropy)", "tokens read", lambda layer: layer.reach, reach_width, _frame_width),
 ]
 
 
-def _reach(
-    rows: list[dict[str, LayerDiagnosis]], diagnoses: dict[str, Diagnosis], looks: dict[str, Line]
-) -> Figure:
+def _reach(rows: list[dict[str, LayerDiagnosis]], diagnoses: dict[str, Diagnosis], looks: dict[str, Line]) -> Figure:
     """Draw reach, where there is any, and gain beside it."""
     panels = [p for p in _REACH if any(p.parts(row) for row in rows)]
     figure, grid = _page(len(panels), len(rows), wide=1)
@@ -755,9 +751,14 @@ def _gains(ax: Axes, diagnoses: dict[str, Diagnosis], looks: dict[str, Line]) ->
             ):
                 ax.hlines(y, size.low, size.high, color=looks[name].color, linewidth=1)
                 ax.plot(
-                    size.middle, [y], "D", color=looks[name].color, markerfacecolor=face,
-                    markersize=3.5, markeredgewidth=0.8,
-                )  # fmt: skip
+                    size.middle,
+                    [y],
+                    "D",
+                    color=looks[name].color,
+                    markerfacecolor=face,
+                    markersize=3.5,
+                    markeredgewidth=0.8,
+                )
     ax.axvline(1, color=_GREY, linewidth=0.7, linestyle=":", zorder=0)
     ax.set_xscale("log")
     low, high = ax.get_xlim()

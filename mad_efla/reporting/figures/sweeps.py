@@ -78,9 +78,7 @@ def rows(
         axes = figure.subplots()
         colour = seaborn.color_palette("colorblind").as_hex()[0]
         for y, score in enumerate(scores.values()):
-            axes.errorbar(
-                100 * score.mean, y, xerr=_reach(score), fmt="o", ms=4, color=colour, capsize=2
-            )
+            axes.errorbar(100 * score.mean, y, xerr=_reach(score), fmt="o", ms=4, color=colour, capsize=2)
         axes.set_yticks(range(len(scores)), list(scores))
         axes.set_ylim(len(scores) - 0.5, -0.5)
         axes.set_xlabel(x_label)
@@ -94,9 +92,7 @@ def rows(
         return _settled(figure)
 
 
-def heat_map(
-    scores: dict[tuple[str, str], Interval], *, x_label: str = "", width: float = figures.PAGE
-) -> Figure:
+def heat_map(scores: dict[tuple[str, str], Interval], *, x_label: str = "", width: float = figures.PAGE) -> Figure:
     """Draw mixers by tasks, in the order in which they first come; empty where there is no score.
 
     Args:
@@ -119,10 +115,19 @@ def heat_map(
         colour = seaborn.color_palette("colorblind").as_hex()[0]
         shades = seaborn.light_palette(colour, as_cmap=True)
         seaborn.heatmap(
-            values, ax=axes, annot=words, fmt="", cmap=shades, vmin=0, vmax=100, cbar=False,
-            linewidths=0.8, xticklabels=[t.replace("_", "\n") for t in tasks], yticklabels=mixers,
+            values,
+            ax=axes,
+            annot=words,
+            fmt="",
+            cmap=shades,
+            vmin=0,
+            vmax=100,
+            cbar=False,
+            linewidths=0.8,
+            xticklabels=[t.replace("_", "\n") for t in tasks],
+            yticklabels=mixers,
             annot_kws={"size": 6.5, "linespacing": 1.25},
-        )  # fmt: skip
+        )
         for text, value in zip(axes.texts, values[~np.isnan(values)], strict=True):
             text.set_color("white" if value > _DARK else "0.1")
         axes.set_xlabel(x_label)
@@ -165,16 +170,20 @@ def curves(
             if marks:
                 bars = np.hstack([_reach(y) for y in curve.y])
                 axes.errorbar(
-                    x, mean, yerr=bars, marker=mark, ms=3.2, capsize=1.5, elinewidth=0.7,
-                    color=line.color, dashes=line.dashes,
-                )  # fmt: skip
+                    x,
+                    mean,
+                    yerr=bars,
+                    marker=mark,
+                    ms=3.2,
+                    capsize=1.5,
+                    elinewidth=0.7,
+                    color=line.color,
+                    dashes=line.dashes,
+                )
             else:
                 low, high = zip(*(_ends(y) for y in curve.y), strict=True)
                 axes.fill_between(x, low, high, color=line.color, alpha=shade, linewidth=0)
-                axes.plot(
-                    x, mean, color=line.color, dashes=line.dashes, marker=mark, ms=3.2,
-                    markevery=[-1],
-                )  # fmt: skip
+                axes.plot(x, mean, color=line.color, dashes=line.dashes, marker=mark, ms=3.2, markevery=[-1])
 
     return _multiples(panels, names, draw, y_label, width)
 
@@ -206,9 +215,16 @@ def memory(panels: list[Panel], names: list[str], *, width: float = figures.PAGE
             place = axes.transData + ScaledTranslation(aside, 0, axes.figure.dpi_scale_trans)
             axes.plot([low, high], [mean, mean], color=line.color, linewidth=0.7, transform=place)
             axes.errorbar(
-                x, mean, yerr=_reach(point.score), fmt=mark, ms=4, capsize=1.5, elinewidth=0.7,
-                color=line.color, transform=place,
-            )  # fmt: skip
+                x,
+                mean,
+                yerr=_reach(point.score),
+                fmt=mark,
+                ms=4,
+                capsize=1.5,
+                elinewidth=0.7,
+                color=line.color,
+                transform=place,
+            )
 
     return _multiples(panels, names, draw, "test accuracy, %", width)
 
@@ -249,9 +265,7 @@ def _multiples(
         grid = figure.subplots(down, across, sharey=True, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):
             draw(axes, panel, look)
-            axes.set(
-                title=panel.title, xlabel=panel.x_label, ylim=(-4, 106), yticks=range(0, 101, 25)
-            )
+            axes.set(title=panel.title, xlabel=panel.x_label, ylim=(-4, 106), yticks=range(0, 101, 25))
             axes.grid(axis="y", color="0.92", linewidth=0.6)
         for axes in grid.flat[len(panels) :]:
             axes.remove()
@@ -266,9 +280,13 @@ def _legend(figure: Figure, names: list[str], look: dict[str, figures.Line], per
         for n, line in look.items()
     ]
     figure.legend(
-        handles, list(look), loc="outside lower center", ncols=min(per_row, len(look)),
-        columnspacing=1.2, handletextpad=0.5,
-    )  # fmt: skip
+        handles,
+        list(look),
+        loc="outside lower center",
+        ncols=min(per_row, len(look)),
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
 
 
 def _settled(figure: Figure) -> Figure:

@@ -92,9 +92,7 @@ def _opening(task: str, width: int, height: int) -> list[str]:
     ]
 
 
-def _line(
-    inputs: Sequence[float], roles: list[str], targets: list[int], y: int, wide: int
-) -> list[str]:
+def _line(inputs: Sequence[float], roles: list[str], targets: list[int], y: int, wide: int) -> list[str]:
     """Draw tokens, and a row lower the answers, each hanging from the token that is to give it.
 
     That is the scored one, unless there is one into which all is compressed.
