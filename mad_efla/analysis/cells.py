@@ -35,11 +35,17 @@ class Cell:
         setting: The setting's label, unique within the group.
         mixer: The mixer's label, unique within the group.
         condition: See `RunConfig.condition`.
+        check: Whether the setting only checks that all is well; no score counts it.
         point: Fields of the optimiser that the grid varies, at the chosen point.
         runs: The measured runs that are done, by rising seed.
         results: Theirs.
         planned: Measured runs that there are to be at one point.
-        best_on_test: The reference's rule: mean test accuracy at the point that is best on test.
+        best_on_test: The reference's rule: mean test accuracy at the point that is best on test; None
+            where points are chosen on seeds of their own, since the others were not measured.
+        rates: Learning rates that were tried, rising.
+        rate: The chosen one.
+        chosen_apart: Whether the point was chosen on seeds that are not measured.
+        best_validation: The highest mean validation accuracy of any point.
         missing: What is not there: `1 diverged, 2 missing`; empty if nothing.
         note: What the reader has to know of its seeds or points; mostly empty.
     """
@@ -48,6 +54,7 @@ class Cell:
         self._points = points
         self.task, self.setting, self.mixer = points.task, points.setting, points.mixer
         self.condition = points.condition
+        self.check = points.check
         measured = [p for p in points.planned[chosen] if not p.chooses]
         done = sorted((p for p in measured if p.fingerprint in points.results), key=lambda p: p.seed)
         self.planned = len(measured)
@@ -55,6 +62,9 @@ class Cell:
         self.results = [points.results[p.fingerprint] for p in done]
         self.point = points.varied(chosen)
         self.best_on_test = points.best_on_test()
+        self.rates, self.rate = points.rates(), points.rate(chosen)
+        self.chosen_apart = points.chosen_apart()
+        self.best_validation = points.best_validation()
         self.missing = points.missing(measured)
 
     @property
@@ -106,6 +116,11 @@ class Cell:
         return _mean([r.ceiling for r in self.results]) or 1.0
 
     @property
+    def chance(self) -> float | None:
+        """Mean share that one answer to everything gets right; None where it was not taken."""
+        return _mean([r.chance for r in self.results if r.chance is not None])
+
+    @property
     def parameters(self) -> int:
         """Trained numbers."""
         return self.results[0].parameters
@@ -134,7 +149,7 @@ class Cell:
         notes = []
         if lagging := statistics.lagging(values):
             notes.append(f"{lagging} of {len(values)} seeds has not learned yet")
-        elif len(values) == 1:
+        elif len(values) == 1 and not self.check:
             notes.append("one seed has no interval")
         return "; ".join(notes + self._points.notes)
 
@@ -178,6 +193,7 @@ class _Points:
         self.exploring = group.protocol == "exploring"
         self.planned: dict[str, list[Planned]] = {}
         self.task = self.setting = ""
+        self.check = False
         self.allowed: set[str] | None = None  # points that every mixer was given
         self.notes: list[str] = []
 
@@ -212,8 +228,29 @@ class _Points:
         own = fields.get(chosen, {})
         return {k: v for k, v in own.items() if any(f.get(k) != v for f in fields.values())}
 
+    def rate(self, point: str) -> float | None:
+        """Return the learning rate of a point; None where no configuration of it can be read."""
+        return next(
+            (self.runs[p.fingerprint].optim.lr for p in self.planned[point] if p.fingerprint in self.runs), None
+        )
+
+    def rates(self) -> list[float]:
+        """Return the learning rates of all points, rising."""
+        return sorted({rate for point in self.planned if (rate := self.rate(point)) is not None})
+
+    def chosen_apart(self) -> bool:
+        """Tell whether seeds that are not measured choose."""
+        return any(p.chooses for runs in self.planned.values() for p in runs)
+
+    def best_validation(self) -> float | None:
+        """Return the highest mean validation accuracy of any point; None where nothing is done."""
+        found = [own for runs in self.planned.values() if (own := self._choosing(runs))]
+        return max((_merit(own)[0] for own in found), default=None)
+
     def best_on_test(self) -> float | None:
         """Return the mean test accuracy of the point that is best on the test split itself."""
+        if self.chosen_apart():
+            return None
         means = []
         for planned in self.planned.values():
             found = [self.results[p.fingerprint] for p in planned if p.fingerprint in self.results]
@@ -246,6 +283,7 @@ def _points(group: Group) -> list[_Points]:
         key = (named[entry.mixer, entry.code], entry.condition)
         points = found.setdefault(key, _Points(group, *key))
         points.planned.setdefault(entry.point, []).append(entry)
+        points.check |= entry.check
     labels = _labels(group)
     for (_, condition), points in found.items():
         points.task, points.setting = tasks[condition], labels[condition]

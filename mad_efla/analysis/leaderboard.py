@@ -102,7 +102,8 @@ class Leaderboard(NamedTuple):
     Attributes:
         plan: The plan's name.
         protocol: The protocol's name.
-        cells: See `cells.cells`.
+        cells: See `cells.cells`; without those of checks.
+        checks: Cells of settings that only check that all is well; nothing else counts them.
         tasks: A score for each mixer and task.
         mixers: Ranked ones first, by their mean.
         pairs: Every two mixers that share a setting and a seed.
@@ -112,6 +113,7 @@ class Leaderboard(NamedTuple):
     plan: str
     protocol: str
     cells: list[Cell]
+    checks: list[Cell]
     tasks: list[TaskScore]
     mixers: list[MixerScore]
     pairs: list[Pair]
@@ -120,7 +122,8 @@ class Leaderboard(NamedTuple):
 
 def leaderboard(group: Group) -> Leaderboard:
     """Score a group of runs; equal input gives equal output."""
-    found = cells(group)
+    every = cells(group)
+    found = [cell for cell in every if not cell.check]
     tasks = list(dict.fromkeys(cell.task for cell in found))
     names = labels(group)
     missing = missing_runs(group)
@@ -132,7 +135,9 @@ def leaderboard(group: Group) -> Leaderboard:
     ]
     mixers = _mixers(names, tasks, found)
     pairs = [] if group.protocol == "exploring" else _pairs([m.mixer for m in mixers], found)
-    return Leaderboard(group.plan, group.protocol, found, table, mixers, pairs, _notes(group, mixers))
+    return Leaderboard(
+        group.plan, group.protocol, found, [c for c in every if c.check], table, mixers, pairs, _notes(group, mixers)
+    )
 
 
 def leaderboards(groups: list[Group]) -> list[Leaderboard]:

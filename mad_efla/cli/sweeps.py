@@ -289,8 +289,9 @@ def _ended(found: "Sweep", out: Path) -> "Sweep":
 
 
 def _record(found: "Sweep", out: Path) -> "SweepRecord":
+    from mad_efla.execution.choosing import named
     from mad_efla.runs.files import now
-    from mad_efla.runs.schema import SweepRecord, planned
+    from mad_efla.runs.schema import SweepRecord
     from mad_efla.runs.sweeps import read_sweeps, write_sweep
 
     known = {r.id: r for r in read_sweeps(out)}
@@ -305,7 +306,7 @@ def _record(found: "Sweep", out: Path) -> "SweepRecord":
         about=found.about,
         command=shlex.join(["mad-efla", *sys.argv[1:]]),
         fingerprints=fingerprints,
-        planned=() if found.search else tuple(planned(r, chooses=r.seed in found.choosing) for r in found.runs),
+        planned=() if found.search else named(found),
         started=known[found.id].started if found.id in known else now(),
         ended=None,
     )
@@ -315,20 +316,21 @@ def _record(found: "Sweep", out: Path) -> "SweepRecord":
 
 def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
     """Print a table for each sweep and what failed; return whether anything did."""
-    from mad_efla.analysis.cells import cells
+    from mad_efla.analysis import verdict
+    from mad_efla.analysis.leaderboard import leaderboard
+    from mad_efla.execution.choosing import named
     from mad_efla.reporting import tables, terminal
     from mad_efla.runs.folder import RunFolder, finished
-    from mad_efla.runs.read import of_runs
+    from mad_efla.runs.read import of_planned
 
     err, failed = terminal.stderr(), False
     for found in sweeps:
         results = finished(out, [r.fingerprint for r in found.runs])
-        choosing = [r for r in found.runs if r.seed in found.choosing]
-        measured = [r for r in found.runs if r.seed not in found.choosing]
-        shown = cells(of_runs(measured, results, choosing=choosing))
+        board = leaderboard(of_planned(named(found), found.runs, results))
         title = f"{found.task}, plan {found.plan}, protocol {found.protocol}; 95 % intervals over seeds"
-        if shown:
-            terminal.show(tables.sweep(shown, title))
+        if board.cells or board.checks:
+            terminal.say(verdict.sentences(board))
+            terminal.show(tables.sweep([*board.cells, *board.checks], title))
         absent = [r for r in found.runs if r.fingerprint not in results]
         standing = {r.fingerprint: RunFolder(out, r.fingerprint).status() for r in absent}
         if pruned := list(standing.values()).count("pruned"):

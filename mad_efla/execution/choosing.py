@@ -15,6 +15,7 @@ from mad_efla.plan.expand import Sweep
 from mad_efla.plan.run import RunConfig
 from mad_efla.runs.folder import finished, given_up
 from mad_efla.runs.read import of_runs
+from mad_efla.runs.schema import Planned, planned
 
 
 def decided(sweep: Sweep, out: Path) -> Sweep:
@@ -26,14 +27,22 @@ def decided(sweep: Sweep, out: Path) -> Sweep:
     """
     if not sweep.measured:
         return sweep
-    choosing = [run for run in sweep.runs if run.seed in sweep.choosing]
+    checks = [run for run in sweep.runs if run.fingerprint in sweep.checks]
+    choosing = [run for run in sweep.runs if run.seed in sweep.choosing and run not in checks]
     results = finished(out, [run.fingerprint for run in choosing])
     ended = results.keys() | given_up(out, choosing)
     open_cells = {_cell(run) for run in choosing if run.fingerprint not in ended}
     ready = [run for run in choosing if _cell(run) not in open_cells]
     chosen = cells.chosen(of_runs((), results, choosing=ready)) if ready else []
     measured = [run for key in chosen for run in sweep.measured[key]]
-    return sweep._replace(runs=[*choosing, *measured])
+    return sweep._replace(runs=[*choosing, *measured, *checks])
+
+
+def named(sweep: Sweep) -> tuple[Planned, ...]:
+    """Note of each run what it is for: to choose, to be measured, or a check."""
+    return tuple(
+        planned(run, chooses=run.seed in sweep.choosing, check=run.fingerprint in sweep.checks) for run in sweep.runs
+    )
 
 
 def _cell(run: RunConfig) -> tuple[str, str, str]:

@@ -42,6 +42,9 @@ class Plan(grid.Points):
         mixers: Names, mappings with fields, or lists of them for hybrids.
         settings: `all` (the baseline and everything the task file varies), `baseline`, or per task
             a mapping of label to overrides.
+        checks: Per task a mapping of label to overrides, as `settings`: easy settings that only check that all
+            is well. Every mixer makes one run of each, on the first of `seeds` and without the grid; it stands
+            in tables, and no score, choice or comparison counts it.
         per_task: By task name, fields that hold for this task only.
         seeds: One run each.
         choose: Make the grid on seeds of its own, and the chosen point alone on `seeds`.
@@ -55,6 +58,7 @@ class Plan(grid.Points):
     protocol: Protocol = "custom"
     mixers: list[Any] = Field(min_length=1)
     settings: Literal["all", "baseline"] | dict[str, dict[str, dict[str, Any]]] = "all"
+    checks: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     per_task: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seeds: list[int] = Field(default=[0], min_length=1)
     choose: Choice | None = None
@@ -102,6 +106,7 @@ class Sweep(NamedTuple):
         choosing: Seeds that choose the grid point; `runs` are then those, and what was chosen.
         measured: The runs that a point would be measured by, by mixer, its code, condition and
             point; empty where nothing is chosen on seeds of its own.
+        checks: Fingerprints of the runs of `Plan.checks`.
     """
 
     task: str
@@ -118,11 +123,12 @@ class Sweep(NamedTuple):
     place: str = ""
     choosing: Sequence[int] = ()
     measured: Mapping[tuple[str, str, str, str], list[RunConfig]] = MappingProxyType({})
+    checks: frozenset[str] = frozenset()
 
     @property
     def id(self) -> str:
         """Hash of what the sweep consists of."""
-        runs = [r for r in self.runs if not self.measured or r.seed in self.choosing]
+        runs = [r for r in self.runs if not self.measured or r.seed in self.choosing or r.fingerprint in self.checks]
         runs += [r for own in self.measured.values() for r in own]
         parts = [self.task, self.plan, *sorted(r.fingerprint for r in runs)]
         if self.search:
@@ -188,11 +194,21 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
                 runs.setdefault(run.fingerprint, run)
                 if len(runs) > MAX_RUNS:
                     raise ConfigError(f"{plan_file}: more than {MAX_RUNS} runs; split the plan")
+    checks = {}
+    for label, setting in _checks(parsed, plan_document, str(name)):
+        for index, entry in enumerate(parsed.mixers):
+            own = Document(
+                {"seed": parsed.seeds[0]}, {("seed",): plan_document.place(("seeds", 0))}, plan_document.name
+            )
+            cell = config.merge(base, setting, _mixers(plan_document, index, entry), own, *run_sets)
+            run = build(_resolve(cell, label, protocol, precision))
+            if run.fingerprint not in runs:
+                checks[run.fingerprint] = run
     return Sweep(
         str(name),
         plan_file.stem,
         protocol,
-        list(runs.values()),
+        [*runs.values(), *checks.values()],
         parsed.limits,
         parsed.search,
         parsed.prune,
@@ -203,6 +219,7 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
         plan_document.place(("mixers",)),
         choosing,
         measured,
+        frozenset(checks),
     )
 
 
@@ -372,6 +389,13 @@ def _settings(parsed: Plan, plan: Document, task: Document, name: str) -> list[t
             for label, overrides in parsed.settings[name].items()
         ]
     return _changes(task) if parsed.settings == "all" else [("baseline", empty)]
+
+
+def _checks(parsed: Plan, plan: Document, name: str) -> list[tuple[str, Document]]:
+    return [
+        (label, config.from_paths(overrides, plan.place(("checks", name, label))))
+        for label, overrides in parsed.checks.get(name, {}).items()
+    ]
 
 
 def _changes(task: Document) -> list[tuple[str, Document]]:

@@ -54,7 +54,7 @@ def sweep(found: "Sequence[Cell]", title: str = "") -> Table:
     ]
     rows: list[list[Value]] = [
         [
-            cell.setting,
+            f"{cell.setting} (check)" if cell.check else cell.setting,
             cell.mixer,
             cell.accuracy or "diverged",
             len(cell.seeds),

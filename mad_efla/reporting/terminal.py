@@ -1,6 +1,7 @@
 """What the terminal shows in lines: names, times, failures, logs; and the consoles."""
 
 import sys
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.text import Text
@@ -37,6 +38,13 @@ def _plain(*, stderr: bool = False) -> Console:
 def show(table: Table) -> None:
     """Print a table on stdout."""
     stdout().print(renderers.terminal(table), soft_wrap=not sys.stdout.isatty())
+
+
+def say(sentences: Iterable[str]) -> None:
+    """Print sentences on stdout, a line each, wrapped by the terminal."""
+    console = stdout()
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def name(run: RunConfig) -> str:

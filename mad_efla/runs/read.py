@@ -88,7 +88,12 @@ def of_runs(runs: Iterable[RunConfig], results: dict[str, Result], *, choosing: 
     """
     runs, choosing = list(runs), list(choosing)
     named = [planned(run) for run in runs] + [planned(run, chooses=True) for run in choosing]
-    every = {run.fingerprint: run for run in [*choosing, *runs]}
+    return of_planned(named, [*choosing, *runs], results)
+
+
+def of_planned(named: Iterable[Planned], runs: Iterable[RunConfig], results: dict[str, Result]) -> Group:
+    """Group runs that are at hand, as their sweep names them."""
+    every = {run.fingerprint: run for run in runs}
     protocol = next(iter(every.values())).protocol if every else "custom"
     once = {p.fingerprint: p for p in named}
     return Group("", protocol, [], list(once.values()), every, results, {}, [])

@@ -51,6 +51,8 @@ class Result(Section):
         stopped: Why the run ended before its budget, if it did: divergence, or a solved task.
         steps_to_90: First evaluated step with validation token accuracy of at least 0.9.
         ceiling: Share of scored test positions that can be answered at all, in [0, 1].
+        chance: Share of them that the commonest answer of the training split gets right, in [0, 1];
+            results of earlier versions have none.
         parameters: Trained numbers.
         state_size: Numbers carried between tokens at the task's length, all layers.
         seconds: Wall time spent training and evaluating, all attempts.
@@ -72,6 +74,7 @@ class Result(Section):
     stopped: str | None
     steps_to_90: int | None
     ceiling: float = 1.0
+    chance: float | None = None
     parameters: int
     state_size: int
     seconds: float
@@ -125,6 +128,7 @@ class Planned(Section):
         point: Digest of the grid point, see `RunConfig.point`.
         seed: The run's seed.
         chooses: Whether it only chooses the grid point, on a seed of its own.
+        check: Whether it belongs to a setting that only checks that all is well; no score counts it.
     """
 
     fingerprint: str
@@ -135,6 +139,7 @@ class Planned(Section):
     point: str
     seed: int
     chooses: bool = False
+    check: bool = False
 
 
 class SweepRecord(Section):
@@ -165,7 +170,7 @@ class SweepRecord(Section):
     ended: int | None
 
 
-def planned(run: RunConfig, *, chooses: bool = False) -> Planned:
+def planned(run: RunConfig, *, chooses: bool = False, check: bool = False) -> Planned:
     """Note what a run is."""
     return Planned(
         fingerprint=run.fingerprint,
@@ -176,4 +181,5 @@ def planned(run: RunConfig, *, chooses: bool = False) -> Planned:
         point=run.point,
         seed=run.seed,
         chooses=chooses,
+        check=check,
     )

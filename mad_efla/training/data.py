@@ -119,6 +119,17 @@ def ceiling(task: Task, data: Data) -> float:
     return float(answerable.sum() / (data.test.targets != IGNORE).sum())
 
 
+def chance(data: Data) -> float:
+    """Return the share of scored test positions that one answer to everything gets right.
+
+    It is the commonest answer of the training split, which is what a model can learn without
+    looking at what it reads: 1/64 where 64 values are equally likely.
+    """
+    seen = data.train.targets[data.train.targets != IGNORE]
+    asked = data.test.targets[data.test.targets != IGNORE]
+    return float((asked == np.bincount(seen).argmax()).mean())
+
+
 def save(folder: Path, task: Task, seed: int, sizes: DataConfig, label: str, splits: Iterable[Split]) -> Iterator[Path]:
     """Write splits of a task's data as `.npz` files that need nothing of ours to be read.
 

@@ -102,6 +102,7 @@ def _train(
         stopped=stopped,
         steps_to_90=loop.steps_to_90,
         ceiling=data.ceiling(run.task, loop.data),
+        chance=data.chance(loop.data),
         parameters=model.parameter_count(loop.model),
         state_size=model.state_size(loop.model, run.task.input_length),
         seconds=round(loop.seconds, 3),

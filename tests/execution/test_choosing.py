@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from mad_efla.analysis.leaderboard import leaderboard
 from mad_efla.config import ConfigError
-from mad_efla.execution.choosing import decided
+from mad_efla.execution.choosing import decided, named
 from mad_efla.runs.folder import RunFolder
-from mad_efla.runs.read import load
+from mad_efla.runs.read import load, of_planned
 from tests.analysis.test_cells import done
 from tests.cli.test_cli import call
 from tests.plan.test_expand import expanded
@@ -105,3 +106,38 @@ def test_a_grid_that_set_has_settled_leaves_nothing_to_choose(tmp_path, monkeypa
     sweep = expanded(tmp_path, CHOOSE, sets=["optim.lr=0.005"])
     assert {(r.optim.lr, r.seed) for r in sweep.runs} == {(0.005, 0), (0.005, 1)}
     assert not sweep.measured
+
+
+CHECKED = CHOOSE + "checks: {recall: {easy: {task.seq_len: 6, train.steps: 10}}}\n"
+
+
+def test_a_check_is_made_once_without_the_grid_and_takes_no_part(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = expanded(tmp_path, CHECKED)
+    checks = [r for r in sweep.runs if r.fingerprint in sweep.checks]
+    assert [(r.mixer, r.setting, r.seed, r.optim.lr, r.steps) for r in checks] == [
+        ("efla(heads=2)", "easy", 0, 1e-2, 10),
+        ("deltanet(heads=2)", "easy", 0, 1e-2, 10),
+    ]
+    for run in sweep.runs:
+        finish(tmp_path, run, 0.5)
+    found = decided(sweep, tmp_path)
+    assert [r.fingerprint for r in found.runs[-2:]] == [r.fingerprint for r in checks]
+    assert found.id == sweep.id
+    results = {r.fingerprint: done(r, 0.5, 0.5) for r in found.runs}
+    board = leaderboard(of_planned(named(found), found.runs, results))
+    assert [(c.setting, c.mixer, c.seeds) for c in board.checks] == [
+        ("easy", "efla(heads=2)", [0]),
+        ("easy", "deltanet(heads=2)", [0]),
+    ]
+    assert {c.setting for c in board.cells} == {"baseline"}
+    assert [t.settings for t in board.tasks] == [1, 1]
+    assert not any("rank" in note for note in board.notes)
+
+
+def test_a_sweep_prints_its_verdict_above_a_table_with_the_check(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
+    (tmp_path / "plan.yaml").write_text(CHECKED)
+    text = call(*SWEEP).stdout
+    assert text.index("over 2 seeds at one setting") < text.index("easy (chec")

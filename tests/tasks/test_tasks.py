@@ -10,7 +10,7 @@ from mad_efla import config, plugins
 from mad_efla.config import ConfigError
 from mad_efla.plan.expand import settings as settings_of
 from mad_efla.plan.run import DataConfig, build_task
-from mad_efla.tasks import IGNORE, RealTask
+from mad_efla.tasks import IGNORE, Examples, RealTask
 from mad_efla.tasks.compression import Compression
 from mad_efla.tasks.copying import Copying
 from mad_efla.tasks.counting import Counting
@@ -765,3 +765,12 @@ def test_distinct_ids_are_drawn_evenly_in_every_order():
     assert np.abs(counts / 60_000 - 1 / 24).max() < 0.004
     whole = mad_efla.tasks.distinct(data.stream(0, "x"), 10, 128, 0, 128)
     assert np.array_equal(np.sort(whole, axis=1), np.tile(np.arange(128), (10, 1)))
+
+
+def test_chance_is_what_the_commonest_answer_of_training_gets():
+    rows = ([3, 3, 1, IGNORE], [3, 1, 3, 2])
+    train, test = (Examples(np.zeros((1, 4), np.int8), np.array([row], np.int8)) for row in rows)
+    assert data.chance(data.Data(train, train, test, "", None)) == 0.5
+    assert data.chance(data.make(Recall(name="recall", vocab_size=16, seq_len=32), 0, FEW)) == pytest.approx(
+        1 / 8, abs=0.03
+    )
