@@ -77,6 +77,11 @@ class _Told(NamedTuple):
     click.option(
         "--max-hours", type=click.FloatRange(0, min_open=True), metavar="H", help="Stop after H hours as Ctrl-C would."
     ),
+    click.option(
+        "--budget",
+        metavar="TIME",
+        help="Make as many seeds, then settings, as take TIME (90s, 2m, 1.5h); a longer one goes on from there.",
+    ),
     click.option("--retry-failed", is_flag=True, help="Make runs again that failed by an error."),
     data_dir_option,
 )
@@ -96,6 +101,7 @@ def sweep(
     no_figures: bool,
     dry_run: bool,
     max_hours: float | None,
+    budget: str | None,
     retry_failed: bool,
 ) -> None:
     """Train every mixer of a plan on TASKS and show who learned what.
@@ -115,8 +121,11 @@ def sweep(
     from mad_efla.training import fits
 
     runner = executors.choose(executor, device=device, workers=workers, per_device=per_device)
-    sweeps = [expand.expand(task, plan, assignments, runner.precision) for task in tasks]
-    found = [fits.check(sweep) for sweep in sweeps]
+    if budget is None:
+        sweeps = [expand.expand(task, plan, assignments, runner.precision) for task in tasks]
+        found = [fits.check(sweep) for sweep in sweeps]
+    else:
+        sweeps, found = _within(budget, tasks, plan, assignments, runner, out)
     if dry_run:
         _dry_run(sweeps, found, out, runner.slots)
         return
@@ -129,6 +138,39 @@ def sweep(
     told = _Told(uri, log_models, figures=not no_figures)
     matches = [match for fit in found for match in fit.matches]
     sys.exit(_sweep(sweeps, matches, out, runner, told, max_hours, retry_failed))
+
+
+def _within(
+    text: str, tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], runner: "Executor", out: Path
+) -> "tuple[list[Sweep], list[Fit]]":
+    """Cut a plan to what fits a budget of time, and say what that is."""
+    from mad_efla.execution import budget, costs
+    from mad_efla.plan import expand
+    from mad_efla.reporting import terminal
+    from mad_efla.training import fits
+
+    seconds = budget.parse(text)
+    asked = [expand.expand(task, plan, assignments, runner.precision) for task in tasks]
+    if any(s.search for s in asked):
+        raise ConfigError(f"plan {plan}: --budget needs settings and seeds; a search is bounded by --max-hours")
+    own = asked[0].seeds
+    if not any(a.startswith("seeds") for a in assignments):
+        more = f"seeds={budget.seeds(own, asked[0].choosing)}"
+        asked = [expand.expand(task, plan, (*assignments, more), runner.precision) for task in tasks]
+    found = [fits.check(sweep) for sweep in asked]
+    sizes = {f: s for fit in found for f, s in fit.sizes.items()}
+    for sweep in asked:
+        sizes |= {r.fingerprint: _size_of(r, sweep, sizes) for runs in sweep.measured.values() for r in runs}
+    basis: list[str] = []
+
+    def cost(runs: "list[RunConfig]") -> float:
+        guess = costs.estimate(runs, out, sizes, runner.slots)
+        basis[:] = [guess.basis]
+        return guess.seconds
+
+    sweeps, said = budget.fit(asked, own, seconds, cost)
+    terminal.stderr().print(f"{said} ({basis[0]})", markup=False, highlight=False, soft_wrap=True)
+    return sweeps, found
 
 
 def _dry_run(sweeps: "list[Sweep]", fits: "list[Fit]", out: Path, slots: int) -> None:

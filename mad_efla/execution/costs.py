@@ -9,6 +9,7 @@
 Tokens are those trained on, and those evaluated at a third, since nothing goes backward there.
 """
 
+import functools
 import math
 import statistics
 import time
@@ -179,6 +180,7 @@ def estimate(runs: list[RunConfig], out: Path, sizes: Mapping[str, tuple[int, in
     return Estimate(left, len(results), basis)
 
 
+@functools.cache
 def _operations_per_second(precision: str) -> float:
     """Time a matrix product of a training step's shape, on one thread of the CPU."""
     import torch  # seconds of import that nothing else here needs

@@ -107,6 +107,7 @@ class Sweep(NamedTuple):
         measured: The runs that a point would be measured by, by mixer, its code, condition and
             point; empty where nothing is chosen on seeds of its own.
         checks: Fingerprints of the runs of `Plan.checks`.
+        seeds: The plan's seeds, those that are measured.
     """
 
     task: str
@@ -124,6 +125,7 @@ class Sweep(NamedTuple):
     choosing: Sequence[int] = ()
     measured: Mapping[tuple[str, str, str, str], list[RunConfig]] = MappingProxyType({})
     checks: frozenset[str] = frozenset()
+    seeds: Sequence[int] = ()
 
     @property
     def id(self) -> str:
@@ -220,6 +222,7 @@ def expand(task: str, plan: str, assignments: Iterable[str], precision: str) -> 
         choosing,
         measured,
         frozenset(checks),
+        parsed.seeds,
     )
 
 

@@ -283,3 +283,14 @@ def test_max_hours_ends_as_an_interrupt_and_the_next_call_goes_on(files):
     assert not any(f.status() == "finished" for f in folders(files))
     call(*SWEEP, "--max-hours", "1")
     assert all(f.status() == "finished" for f in folders(files))
+
+
+def test_a_budget_says_what_it_holds_before_it_starts_and_goes_on_from_a_shorter_one(files):
+    done = call("sweep", "task.yaml", "--plan", "plan.yaml", "--budget", "1h", "--dry-run")
+    assert "the budget holds 1 of 1 settings, 20 seeds at the last of them" in done.stderr
+    assert "40 runs, 0 of them done" in done.stdout
+    call("sweep", "task.yaml", "--plan", "plan.yaml", "--no-tracking", "--set", "seeds=[0]")
+    done = call("sweep", "task.yaml", "--plan", "plan.yaml", "--budget", "1h", "--dry-run")
+    assert "40 runs, 2 of them done" in done.stdout
+    refused = call("sweep", "task.yaml", "--plan", "plan.yaml", "--budget", "0.001s", code=2)
+    assert "the least of this plan, 2 seeds at one setting" in refused.stderr
