@@ -1,12 +1,8 @@
 """The commands that make runs and follow them: sweep, status, logs."""
 
-import contextlib
-import math
-import shlex
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,7 +10,6 @@ from mad_efla.cli.shared import (
     OUT,
     data_dir_option,
     device_option,
-    draw,
     log_model_option,
     options,
     out_option,
@@ -26,19 +21,11 @@ from mad_efla.cli.shared import (
 from mad_efla.config import ConfigError
 
 if TYPE_CHECKING:
+    from mad_efla.api.sweeping import Mirrored
     from mad_efla.execution.executors import Executor
     from mad_efla.plan.expand import Sweep
     from mad_efla.plan.run import RunConfig
-    from mad_efla.runs.schema import SweepRecord
     from mad_efla.training.fits import Fit, Match
-
-
-class _Told(NamedTuple):
-    """What MLflow is told of a sweep; nothing without an address."""
-
-    uri: str | None
-    log_models: bool
-    figures: bool
 
 
 @click.command()
@@ -130,14 +117,15 @@ def sweep(
         _dry_run(sweeps, found, out, runner.slots)
         return
     from mad_efla import tracking
+    from mad_efla.api.sweeping import Mirrored
     from mad_efla.execution import processes
 
     if executor == "local" and workers != 0:
         processes.prepare(runner.device)
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
-    told = _Told(uri, log_models, figures=not no_figures)
+    mirrored = Mirrored(uri, log_models, figures=not no_figures)
     matches = [match for fit in found for match in fit.matches]
-    sys.exit(_sweep(sweeps, matches, out, runner, told, max_hours, retry_failed))
+    sys.exit(_sweep(sweeps, matches, out, runner, mirrored, max_hours, retry_failed))
 
 
 def _within(
@@ -226,134 +214,32 @@ def _sweep(
     matches: "list[Match]",
     out: Path,
     runner: "Executor",
-    told: _Told,
+    mirrored: "Mirrored",
     max_hours: float | None,
     retry_failed: bool,
 ) -> int:
-    """Make what is missing, mirror it, print the tables; return the exit status."""
-    from mad_efla import tracking
-    from mad_efla.execution.choosing import decided
-    from mad_efla.execution.queue import OutOfTime
-    from mad_efla.reporting import terminal
-    from mad_efla.runs.files import ensure_writable
-    from mad_efla.runs.folder import mend
+    """Make what is missing, mirror it, print the verdict and the tables; return the exit status."""
+    from mad_efla.api import sweeping
+    from mad_efla.reporting import live, terminal
 
-    ensure_writable(out)
     err = terminal.stderr()
-    sweeps = [decided(s, out) for s in sweeps]
-    runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
-    for note in mend(out, [r.fingerprint for r in runs]):
-        err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    for line in dict.fromkeys(terminal.matches(matches)):
+    sweeps, notes = sweeping.prepare(sweeps, out)
+    for line in (*(f"note: {note}" for note in notes), *dict.fromkeys(terminal.matches(matches))):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
-    records = [_record(s, out) for s in sweeps]
-    interrupted, deadline = False, math.inf
-    if max_hours is not None:
-        deadline = time.monotonic() + 3600 * max_hours
-    with contextlib.ExitStack() as stack:
-        mirrors = [
-            stack.enter_context(tracking.Mirror(told.uri, out, record, log_models=told.log_models))
-            for record in records
-            if told.uri is not None
-        ]
-        try:
-            if sweeps[0].search:
-                for found, record in zip(sweeps, records, strict=True):
-                    _explore(found, record, out, runner, deadline, retry_failed)
-            else:
-                _make(sweeps, out, runner, deadline, retry_failed)
-                if any(found.measured for found in sweeps):
-                    sweeps = [decided(found, out) for found in sweeps]
-                    records = [_record(found, out) for found in sweeps]
-                    _make(sweeps, out, runner, deadline, retry_failed=False)
-        except OutOfTime:
-            interrupted = True
-            err.print(f"stopped after {max_hours:g} hours; the same command goes on", markup=False)
-        except KeyboardInterrupt:
-            interrupted = True
-            err.print("interrupted: finished runs stay; the same command goes on", markup=False)
-        sweeps = [_ended(found, out) for found in sweeps]
-        failed = _print_results(sweeps, out)
-        if mirrors and told.figures and not interrupted:
-            draw(records, out)
-    for problem in filter(None, (m.problem for m in mirrors)):
-        err.print(f"warning: {problem}", markup=False, highlight=False, soft_wrap=True)
-    _print_next(out, told.uri)
-    return 130 if interrupted else 1 if failed else 0
+    failed = []
 
+    def show(made: "list[Sweep]") -> None:
+        failed.append(_print_results(made, out))
 
-def _make(sweeps: "list[Sweep]", out: Path, runner: "Executor", deadline: float, retry_failed: bool) -> None:
-    """Make the runs of sweeps that have no result yet."""
-    from mad_efla.execution.costs import Costs
-    from mad_efla.execution.queue import Work
-    from mad_efla.reporting import live
-    from mad_efla.runs.folder import finished, given_up
-
-    runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
-    settled = set(finished(out, [r.fingerprint for r in runs]))
-    if not retry_failed:
-        settled |= given_up(out, runs)
-    waiting = [r for r in runs if r.fingerprint not in settled]
-    if waiting:
-        costs = Costs(runs).read(out)
-        with live.Follow(runs, waiting, costs, runner.slots) as follow:
-            runner.perform(Work(waiting, out, costs), watch=follow.update, deadline=deadline, limits=sweeps[0].limits)
-
-
-def _explore(
-    found: "Sweep", record: "SweepRecord", out: Path, runner: "Executor", deadline: float, retry_failed: bool
-) -> None:
-    """Make the trials of a sweep that searches."""
-    from mad_efla.execution import costs, search
-    from mad_efla.execution.local import Local
-    from mad_efla.reporting import live
-
-    if not isinstance(runner, Local):
-        raise ConfigError(
-            f"plan {found.plan}: search proposes a trial when a worker of this machine is free; use --executor local"
-        )
-    work = search.Explore(found, record, out, costs.Costs([]), retry_failed=retry_failed)
-    with live.Follow(work.runs, list(work.waiting.values()), work.costs, runner.slots, work.total) as follow:
-        runner.perform(work, watch=follow.update, deadline=deadline, limits=found.limits)
-
-
-def _ended(found: "Sweep", out: Path) -> "Sweep":
-    """Write that a call has ended; return the sweep with the runs that it has by now."""
-    from mad_efla.runs.files import now
-    from mad_efla.runs.folder import RunFolder
-    from mad_efla.runs.sweeps import read_sweeps, write_sweep
-
-    (record,) = (r for r in read_sweeps(out) if r.id == found.id)
-    write_sweep(out, record.model_copy(update={"ended": now()}))
-    if not found.search:
-        return found
-    return found._replace(runs=[RunFolder(out, f).run() for f in record.fingerprints])
-
-
-def _record(found: "Sweep", out: Path) -> "SweepRecord":
-    from mad_efla.execution.choosing import named
-    from mad_efla.runs.files import now
-    from mad_efla.runs.schema import SweepRecord
-    from mad_efla.runs.sweeps import read_sweeps, write_sweep
-
-    known = {r.id: r for r in read_sweeps(out)}
-    fingerprints = tuple(r.fingerprint for r in found.runs)
-    if found.search:  # its trials so far, in their order
-        fingerprints = known[found.id].fingerprints if found.id in known else ()
-    record = SweepRecord(
-        id=found.id,
-        task=found.task,
-        plan=found.plan,
-        protocol=found.protocol,
-        about=found.about,
-        command=shlex.join(["mad-efla", *sys.argv[1:]]),
-        fingerprints=fingerprints,
-        planned=() if found.search else named(found),
-        started=known[found.id].started if found.id in known else now(),
-        ended=None,
+    ended = sweeping.perform(
+        sweeps, out, runner, live.Follow, mirrored, then=show, hours=max_hours, retry_failed=retry_failed
     )
-    write_sweep(out, record)
-    return record
+    if ended.stopped:
+        err.print(ended.stopped, markup=False)
+    for warning in ended.warnings:
+        err.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    _print_next(out, mirrored.uri)
+    return 130 if ended.stopped else 1 if any(failed) else 0
 
 
 def _print_results(sweeps: "list[Sweep]", out: Path) -> bool:
