@@ -59,9 +59,9 @@ def with_mixer(package, **fields):
 @pytest.mark.parametrize(
     ("plan", "task", "name"),
     [
-        ("mad", "recall", "24fc5f7e6989db59"),
-        ("quick", "recall", "3d02cda4dc952cac"),
-        ("mad_mini", "compression", "b33ba16fe0b316f4"),
+        ("mad", "recall", "d6edca137980e2b6"),
+        ("quick", "recall", "3fc3614673aad295"),
+        ("mad_mini", "compression", "51a8d2a6b68461ad"),
     ],
 )
 def test_runs_of_built_in_parts_keep_the_names_they_had(plan, task, name):

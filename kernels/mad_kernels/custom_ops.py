@@ -70,7 +70,9 @@ def first_order_only(
             raise RuntimeError(f"{operator} has first-order gradients only here: {cure} for higher ones")
 
     def call(*arguments):
-        # torch.compile traces first-order gradients only, and no Function inside another.
-        return run(*arguments) if torch.compiler.is_compiling() else Backward.apply(*arguments)
+        # torch.compile traces first-order gradients only, and no Function inside another. Where no
+        # graph is recorded there is nothing to refuse, and a Function costs 0.1 ms.
+        direct = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        return run(*arguments) if direct else Backward.apply(*arguments)
 
     return call

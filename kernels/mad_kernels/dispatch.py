@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 VARIABLE = "MAD_KERNELS_BACKEND"
-OPERATORS = ("delta_rule", "dplr", "selective_scan", "short_conv", "ssd")
+OPERATORS = ("delta_rule", "dplr", "rms_norm", "selective_scan", "short_conv", "ssd", "swiglu")
 _HAS_NUMBA = find_spec("numba") is not None
 _HAS_TRITON = find_spec("triton") is not None
 _WIDEST_STATE = 128  # a state that still fits into the registers of one program

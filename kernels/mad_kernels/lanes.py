@@ -5,12 +5,18 @@ through the array. These operations name the vector, so that sums stay in regist
 with shorter registers splits each into as many as it needs. Only compiled functions can call them.
 
     load(x, at), store(x, at, row)    x[at : at + 32] of a flat array, no bounds check
+    fetch(x, at, n), put(x, at, row, n)   the first n of them; what is not read is 0
     spread(x, at)                     x[at] in all 32 places
     copy(x, at, y, from, count)       y[from : from + count] into x[at : at + count]
     fma(row, row, row)                a * b + c
-    mul(row, row), add(row, row)
+    mul(row, row), add(row, row), sub(row, row), div(row, row)
     exp(row)                          right to the last bit but one; 0 where it would underflow
+    sigmoid(row)                      1 / (1 + exp(-row))
     total(row)                        the sum, always in the same order
+    group_totals(row, n)              in every place the sum of its group of n, a power of two
+
+Arrays of uint16 hold bfloat16: they are read as float32, and written rounded to the nearest, to the
+even one of two, as torch does.
 
 Importing this module imports numba; only the compiled backends do so, and only when they run.
 """
@@ -25,6 +31,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.errors import RequireLiteralValue
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic, models, register_model
 
@@ -79,6 +86,41 @@ def aligned_zeros(size, dtype):
     return x[skip : skip + size]
 
 
+def _row_of(array):
+    return Row(types.float32 if array.dtype == types.uint16 else array.dtype)
+
+
+def _lanes(number):
+    """The type of 32 numbers, or bfloat16's bits, in memory."""
+    kinds = {types.uint16: ir.IntType(16), types.float32: ir.FloatType()}
+    return ir.VectorType(kinds.get(number, ir.DoubleType()), LANES)
+
+
+def _widened(builder, row):
+    """Turn bits of bfloat16 into float32; leave anything else."""
+    if row.type.element != ir.IntType(16):
+        return row
+    integers = ir.VectorType(ir.IntType(32), LANES)
+    bits = builder.shl(builder.zext(row, integers), ir.Constant(integers, [16] * LANES))
+    return builder.bitcast(bits, ir.VectorType(ir.FloatType(), LANES))
+
+
+def _narrowed(builder, row, number):
+    """Round float32 to the bits of bfloat16 where an array holds those."""
+    if number != types.uint16:
+        return row
+    integers = ir.VectorType(ir.IntType(32), LANES)
+
+    def constant(value):
+        return ir.Constant(integers, [value] * LANES)
+
+    bits = builder.bitcast(row, integers)
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, constant(0x7FFF))), constant(16))
+    rounded = builder.select(builder.fcmp_unordered("uno", row, row), constant(0x7FC0), rounded)
+    return builder.trunc(rounded, ir.VectorType(ir.IntType(16), LANES))
+
+
 def _address(context, builder, array_type, array, at):
     if array_type.layout != "C":
         raise TypeError(f"{array_type} must be contiguous, since rows are read without strides")
@@ -99,15 +141,13 @@ def _call(builder, name, number, arguments, result):
 @no_type_check
 def load(typing_context, x, at):
     """Read 32 numbers from `at` on."""
-    row = Row(x.dtype)
 
     def emit(context, builder, signature, arguments):
         address = _address(context, builder, x, *arguments)
-        vector = context.get_value_type(row)
-        address = builder.bitcast(address, vector.as_pointer())
-        return builder.load(address, align=x.dtype.bitwidth // 8)
+        address = builder.bitcast(address, _lanes(x.dtype).as_pointer())
+        return _widened(builder, builder.load(address, align=x.dtype.bitwidth // 8))
 
-    return Signature(row, (x, types.intp), None), emit
+    return Signature(_row_of(x), (x, types.intp), None), emit
 
 
 @intrinsic
@@ -118,11 +158,47 @@ def store(typing_context, x, at, row):
     def emit(context, builder, signature, arguments):
         array, position, value = arguments
         address = _address(context, builder, x, array, position)
+        value = _narrowed(builder, value, x.dtype)
         address = builder.bitcast(address, value.type.as_pointer())
         builder.store(value, address, align=x.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return Signature(types.void, (x, types.intp, row), None), emit
+
+
+@intrinsic
+@no_type_check
+def load_part(typing_context, x, at, count):
+    """Read fewer than 32 numbers from `at` on; zeros behind them."""
+
+    def emit(context, builder, signature, arguments):
+        array, position, numbers = arguments
+        source = _address(context, builder, x, array, position)
+        lanes = _lanes(x.dtype)
+        room = cgutils.alloca_once(builder, lanes)
+        builder.store(ir.Constant(lanes, None), room)
+        into = builder.bitcast(room, source.type)
+        cgutils.raw_memcpy(builder, into, source, numbers, x.dtype.bitwidth // 8)
+        return _widened(builder, builder.load(room))
+
+    return Signature(_row_of(x), (x, types.intp, types.intp), None), emit
+
+
+@intrinsic
+@no_type_check
+def store_part(typing_context, x, at, row, count):
+    """Write the first `count` of 32 numbers from `at` on."""
+
+    def emit(context, builder, signature, arguments):
+        array, position, value, numbers = arguments
+        into = _address(context, builder, x, array, position)
+        room = cgutils.alloca_once(builder, _lanes(x.dtype))
+        builder.store(_narrowed(builder, value, x.dtype), room)
+        source = builder.bitcast(room, into.type)
+        cgutils.raw_memcpy(builder, into, source, numbers, x.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return Signature(types.void, (x, types.intp, row, types.intp), None), emit
 
 
 @intrinsic
@@ -192,35 +268,112 @@ def add(typing_context, a, b):
 
 @intrinsic
 @no_type_check
+def sub(typing_context, a, b):
+    """Compute a - b."""
+
+    def emit(context, builder, signature, arguments):
+        return builder.fsub(*arguments)
+
+    return Signature(a, (a, b), None), emit
+
+
+@intrinsic
+@no_type_check
+def div(typing_context, a, b):
+    """Compute a / b."""
+
+    def emit(context, builder, signature, arguments):
+        return builder.fdiv(*arguments)
+
+    return Signature(a, (a, b), None), emit
+
+
+@intrinsic
+@no_type_check
+def root(typing_context, a):
+    """Compute the square root of each number."""
+
+    def emit(context, builder, signature, arguments):
+        return _call(builder, "llvm.sqrt", a.dtype, arguments, arguments[0].type)
+
+    return Signature(a, (a,), None), emit
+
+
+@intrinsic
+@no_type_check
+def larger(typing_context, a, b):
+    """Take the larger of a and b in each place, b where a is not a number."""
+
+    def emit(context, builder, signature, arguments):
+        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
+
+    return Signature(a, (a, b), None), emit
+
+
+@intrinsic
+@no_type_check
+def _swapped(typing_context, a, distance):
+    """Swap neighbouring blocks of `distance` numbers, a literal."""
+    if not isinstance(distance, types.IntegerLiteral):
+        raise RequireLiteralValue("distance")
+    shift = distance.literal_value
+
+    def emit(context, builder, signature, arguments):
+        places = [place ^ shift for place in range(LANES)]
+        index = ir.Constant(ir.VectorType(ir.IntType(32), LANES), places)
+        return builder.shuffle_vector(arguments[0], arguments[0], index)
+
+    return Signature(a, (a, distance), None), emit
+
+
+def _exponential(builder, number, x):
+    """Emit the exponential of a row."""
+    high, low, terms, bits, bias, smallest, largest = _EXP[number]
+    vector = x.type
+    integers = ir.VectorType(ir.IntType(number.bitwidth), LANES)
+
+    def constant(value, kind=vector):
+        return ir.Constant(kind, [value] * LANES)
+
+    def multiply_add(*factors):
+        return _call(builder, "llvm.fmuladd", number, factors, vector)
+
+    vanishes = builder.fcmp_ordered("<", x, constant(smallest))
+    x = _call(builder, "llvm.maxnum", number, [x, constant(smallest)], vector)
+    x = _call(builder, "llvm.minnum", number, [x, constant(largest)], vector)
+    n = builder.fmul(x, constant(1 / log(2)))
+    n = _call(builder, "llvm.rint", number, [n], vector)
+    r = multiply_add(n, constant(-high), x)
+    r = multiply_add(n, constant(-low), r)
+    power = constant(1 / factorial(terms - 1))
+    for term in reversed(range(terms - 1)):
+        power = multiply_add(power, r, constant(1 / factorial(term)))
+    exponent = builder.add(builder.fptosi(n, integers), constant(bias, integers))
+    scale = builder.bitcast(builder.shl(exponent, constant(bits, integers)), vector)
+    return builder.select(vanishes, constant(0.0), builder.fmul(power, scale))
+
+
+@intrinsic
+@no_type_check
 def exp(typing_context, a):
     """Compute the exponential of each number."""
-    high, low, terms, bits, bias, smallest, largest = _EXP[a.dtype]
+
+    def emit(context, builder, signature, arguments):
+        return _exponential(builder, a.dtype, *arguments)
+
+    return Signature(a, (a,), None), emit
+
+
+@intrinsic
+@no_type_check
+def sigmoid(typing_context, a):
+    """Compute 1 / (1 + exp(-a)), anything for what is not a number."""
 
     def emit(context, builder, signature, arguments):
         (x,) = arguments
-        vector = x.type
-        size = a.dtype.bitwidth
-        integers = ir.VectorType(ir.IntType(size), LANES)
-
-        def constant(number, kind=vector):
-            return ir.Constant(kind, [number] * LANES)
-
-        def multiply_add(*factors):
-            return _call(builder, "llvm.fmuladd", a.dtype, factors, vector)
-
-        vanishes = builder.fcmp_ordered("<", x, constant(smallest))
-        x = _call(builder, "llvm.maxnum", a.dtype, [x, constant(smallest)], vector)
-        x = _call(builder, "llvm.minnum", a.dtype, [x, constant(largest)], vector)
-        n = builder.fmul(x, constant(1 / log(2)))
-        n = _call(builder, "llvm.rint", a.dtype, [n], vector)
-        r = multiply_add(n, constant(-high), x)
-        r = multiply_add(n, constant(-low), r)
-        power = constant(1 / factorial(terms - 1))
-        for term in reversed(range(terms - 1)):
-            power = multiply_add(power, r, constant(1 / factorial(term)))
-        exponent = builder.add(builder.fptosi(n, integers), constant(bias, integers))
-        scale = builder.bitcast(builder.shl(exponent, constant(bits, integers)), vector)
-        return builder.select(vanishes, constant(0.0), builder.fmul(power, scale))
+        one = ir.Constant(x.type, [1.0] * LANES)
+        power = _exponential(builder, a.dtype, builder.fneg(x))
+        return builder.fdiv(one, builder.fadd(one, power))
 
     return Signature(a, (a,), None), emit
 
@@ -244,6 +397,40 @@ def total(typing_context, a):
         return builder.extract_element(row, ir.Constant(ir.IntType(32), 0))
 
     return Signature(a.dtype, (a,), None), emit
+
+
+@compile_loop
+@no_type_check
+def fetch(x, at, left):
+    """Read up to 32 numbers: those of the `left` that a line still has; zeros behind them."""
+    return load(x, at) if left >= LANES else load_part(x, at, left)
+
+
+@compile_loop
+@no_type_check
+def put(x, at, row, left):
+    """Write up to 32 numbers: as many as the `left` that a line still has."""
+    if left >= LANES:
+        store(x, at, row)
+    else:
+        store_part(x, at, row, left)
+
+
+@compile_loop
+@no_type_check
+def group_totals(row, width):
+    """Sum groups of neighbours, `width` each, a power of two up to 32; in all its places."""
+    if width > 1:
+        row = add(row, _swapped(row, 1))
+    if width > 2:
+        row = add(row, _swapped(row, 2))
+    if width > 4:
+        row = add(row, _swapped(row, 4))
+    if width > 8:
+        row = add(row, _swapped(row, 8))
+    if width > 16:
+        row = add(row, _swapped(row, 16))
+    return row
 
 
 @compile_loop

@@ -19,16 +19,24 @@ def bench() -> None:
     set_option,
     device_option,
     click.option("--rounds", type=click.IntRange(4), default=10, show_default=True),
+    click.option(
+        "--to",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Append a JSON object per step to FILE.",
+    ),
     data_dir_option,
 )
 @says_errors
-def bench_step(task: str, plan: str, assignments: tuple[str, ...], device: str, rounds: int) -> None:
+def bench_step(task: str, plan: str, assignments: tuple[str, ...], device: str, rounds: int, to: Path | None) -> None:
     """Time a training step of each mixer and setting of a plan on TASK, on one thread.
+
+    Its matrix products are timed alone in the same rounds; the ratio says what all else costs.
 
     \b
     mad-efla bench step recall --set "mixers=[attention, efla, deltanet, mamba2]"
     """
-    from mad_efla.bench.steps import step_times, steps
+    from mad_efla.bench.steps import step_times, steps, write_steps
     from mad_efla.execution import machine
     from mad_efla.plan import expand
     from mad_efla.reporting import terminal
@@ -40,6 +48,8 @@ def bench_step(task: str, plan: str, assignments: tuple[str, ...], device: str, 
     shapes = {(r.setting, r.mixer): r for r in reversed(found.runs)}
     times = steps(list(reversed(shapes.values())), device, rounds)
     terminal.stdout().print(step_times(times))
+    if to is not None:
+        write_steps(to, times, device)
 
 
 @bench.command("overhead")

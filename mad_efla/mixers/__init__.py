@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from mad_efla.config import Section
 from mad_efla.mixers._dynamics import AttentionTrace, Dynamics
-from mad_kernels import short_conv, short_conv_step
+from mad_kernels import add_rms_norm, rms_norm, short_conv, short_conv_split, short_conv_step
+from mad_kernels.checks import working_dtype
 
 State = tuple[Tensor, ...]
 """What a mixer carries between tokens; the first axis of every tensor is the batch."""
@@ -51,12 +52,22 @@ ConfigT = TypeVar("ConfigT", bound=MixerConfig)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm whose weight follows the input's dtype: torch's own warns where the two differ."""
+    """RMSNorm in one pass over memory, alone or behind a residual."""
+
+    weight: nn.Parameter
+    eps: float
 
     def forward(self, x: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes D"]:
         """Normalise the last axis."""
-        assert self.weight is not None
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+    def behind(
+        self, x: Float[Tensor, "*axes D"], branch: Float[Tensor, "*axes D"] | None
+    ) -> tuple[Float[Tensor, "*axes D"], Float[Tensor, "*axes D"]]:
+        """Return the residual stream with a branch added to it, and its norm."""
+        if branch is None:
+            return x, self(x)
+        return add_rms_norm(x, branch, self.weight, self.eps)
 
 
 class ShortConv(nn.Module):
@@ -83,6 +94,14 @@ class ShortConv(nn.Module):
         if self.weight is None:
             return self._activate(x)
         return short_conv(x, self.weight, self.bias, activation=self.activation)[0]
+
+    def parts(self, x: Float[Tensor, "B L D"], widths: tuple[int, ...]) -> tuple[Float[Tensor, "B L _"], ...]:
+        """Convolve along L and cut the channels; on a CPU in full precision, as loops take them."""
+        if self.weight is None:
+            return self._activate(x).split(list(widths), dim=-1)
+        dtype = working_dtype(x) if x.device.type == "cpu" else x.dtype
+        options = {"activation": self.activation, "dtype": dtype}
+        return short_conv_split(x, self.weight, self.bias, widths, **options)
 
     def initial_state(self, batch: int, device: torch.device) -> State:
         """Return the empty window: one tensor, or none where there are no taps."""

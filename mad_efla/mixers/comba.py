@@ -17,6 +17,7 @@ then scales q, k and b k to unit length, which undoes b in the erasure; here q a
 length before, so b acts. No output gate by default, as in `gated_deltanet`.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -47,7 +48,7 @@ class Comba(Delta):
         self.feedback = nn.Parameter(torch.ones(config.heads))
         self.correction = nn.Parameter(torch.full((config.heads,), config.correction))
 
-    def _parts(self, x: Tensor, qkv: Tensor) -> Parts:
+    def _parts(self, x: Tensor, qkv: Sequence[Tensor]) -> Parts:
         parts, b = super()._parts(x, qkv), torch.sigmoid(self.feedback)
         q = parts.q - (self.correction * b)[:, None] * parts.key
         erase = b * parts.erase

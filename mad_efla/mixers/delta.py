@@ -35,6 +35,7 @@ is not multiplied by Dk^-1/2, which the output norm would undo but for its eps: 
 1e-5/Dk to them.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -171,7 +172,7 @@ class Delta(Mixer):
 
     def parts(self, x: Float[Tensor, "B L D"]) -> Parts:
         """Compute all that the recurrence is run on."""
-        return self._parts(x, self.conv(self.qkv(x)))
+        return self._parts(x, self.conv.parts(self.qkv(x), self.widths))
 
     def mix(self, x: Float[Tensor, "B L D"], parts: Parts) -> Float[Tensor, "B L D"]:
         """Run the recurrence on parts, which an experiment may have changed."""
@@ -190,7 +191,7 @@ class Delta(Mixer):
     def step(self, x: Float[Tensor, "B D"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """Mix one more token."""
         qkv, window = self.conv.step(self.qkv(x), state[1:])
-        o, S = self._read(self._parts(x[:, None], qkv[:, None]), state[0])
+        o, S = self._read(self._parts(x[:, None], qkv[:, None].split(self.widths, dim=-1)), state[0])
         return self._output(x, o), (S, *window)
 
     def mixing_flops(self, seq_len: int) -> int:
@@ -217,14 +218,14 @@ class Delta(Mixer):
             substeps=self.config.householders,
         )
 
-    def _heads(self, qkv: Tensor) -> list[Tensor]:
+    def _heads(self, qkv: Sequence[Tensor]) -> list[Tensor]:
         """Return q in H heads, k and v in n H, those of the first step first."""
-        q, k, v = qkv.split(self.widths, dim=-1)
+        q, k, v = qkv
         return [
             rearrange(z, "... (H D) -> ... H D", D=width) for z, width in ((q, self.Dk), (k, self.Dk), (v, self.Dv))
         ]
 
-    def _parts(self, x: Tensor, qkv: Tensor) -> Parts:
+    def _parts(self, x: Tensor, qkv: Sequence[Tensor]) -> Parts:
         q, k, v = self._heads(qkv)
         key, erase, write, log_decay = self._strengths(x, k)
         key, erase, write = map(self._in_turn, (key, erase, write))
@@ -253,7 +254,7 @@ class Delta(Mixer):
 
     def _flow(self, x: Tensor, parts: Parts) -> tuple[Tensor | None, Tensor | None]:
         """Return |k|^2 and the time of each step; a rule that is no step of a flow has neither."""
-        _, k, _ = self._heads(self.conv(self.qkv(x)))
+        _, k, _ = self._heads(self.conv.parts(self.qkv(x), self.widths))
         if self.config.keys == "l2":
             k = l2_normalize(k)
         beta = self._in_turn(self._beta(x))

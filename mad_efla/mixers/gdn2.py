@@ -12,6 +12,7 @@ Source: arXiv 2605.22791, Eq. 8-12; initial weights from the layer in flash-line
 maps are here `beta` (W_b) and `write` (W_w). Departure: no output gate by default, as in `kda`.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -41,7 +42,7 @@ class GDN2(Delta):
         self.beta = nn.Linear(d_model, config.heads * self.Dk, bias=False)
         self.write = nn.Linear(d_model, config.heads * self.Dv, bias=False)
 
-    def _parts(self, x: Tensor, qkv: Tensor) -> Parts:
+    def _parts(self, x: Tensor, qkv: Sequence[Tensor]) -> Parts:
         q, k, v = self._heads(qkv)
         erase, write = (
             rearrange(gate, "... (H D) -> ... H D", H=self.config.heads)

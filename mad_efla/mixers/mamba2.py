@@ -68,7 +68,8 @@ class Mamba2(Mixer):
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Mix along L with the matrix form."""
         z, xbc, dt = self.inp(x).split(self.widths, dim=-1)
-        u, b, c = self._parts(self.conv(xbc))
+        N = self.config.state_dim
+        u, b, c = self._heads(*self.conv.parts(xbc, (self.inner, N, N)))
         y, _ = ssd(u, self._dt(dt), -self.a_log.exp(), b, c)
         return self._output(y, u, z)
 
@@ -101,7 +102,9 @@ class Mamba2(Mixer):
 
     def _parts(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         N = self.config.state_dim
-        u, b, c = xbc.split((self.inner, N, N), dim=-1)
+        return self._heads(*xbc.split((self.inner, N, N), dim=-1))
+
+    def _heads(self, u: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u = rearrange(u, "... (H P) -> ... H P", H=self.config.heads)
         return u, b[..., None, :], c[..., None, :]
 

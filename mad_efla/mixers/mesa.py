@@ -72,7 +72,7 @@ class Mesa(Delta):
         """Mix one more token."""
         G, H, *window = state
         qkv, window = self.conv.step(self.qkv(x), tuple(window))
-        parts = self._parts(x[:, None], qkv[:, None])
+        parts = self._parts(x[:, None], qkv[:, None].split(self.widths, dim=-1))
         moments, H = self._moments(parts, H)
         o, G = _recall(parts._replace(q=self._solve(parts.q, moments)), G)
         return self._output(x, o[:, 0]), (G, H, *window)

@@ -73,7 +73,7 @@ class PGDN(Delta):
         """Mix one more token."""
         S, c, *window = state
         qkv, window = self.conv.step(self.qkv(x), tuple(window))
-        parts = self._parts(x[:, None], qkv[:, None])
+        parts = self._parts(x[:, None], qkv[:, None].split(self.widths, dim=-1))
         parts, c = self._preconditioned(x[:, None], parts, c)
         o, S = self._read(parts, S)
         return self._output(x, o), (S, c, *window)

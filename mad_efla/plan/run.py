@@ -15,7 +15,7 @@ from mad_efla.config import ConfigError, Document, Section, canonical_json, dige
 from mad_efla.mixers import MixerConfig
 from mad_efla.tasks import Task
 
-NUMBERS = 1
+NUMBERS = 2
 """Raised when a change to the code moves the result of an unchanged configuration."""
 
 Protocol = Literal["mad", "mad-lab", "mad-mini", "quick", "custom", "unmatched", "exploring"]

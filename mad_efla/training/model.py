@@ -25,6 +25,7 @@ from mad_efla import plugins
 from mad_efla.config import ConfigError
 from mad_efla.mixers import Mixer, MixerConfig, RMSNorm
 from mad_efla.plan.run import ModelConfig, RunConfig
+from mad_kernels import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -41,8 +42,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Mix channels of each token."""
-        gate, value = self.inner(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * value)
+        return self.out(swiglu(self.inner(x)))
 
 
 class MLP(nn.Module):
@@ -108,10 +108,12 @@ class Stack(nn.Module):
 
     def forward(self, inputs: Num[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Return the residual stream after the last layer."""
-        x = self.embed(inputs)
+        x, branch = self.embed(inputs), None
         for norm, layer in zip(self.norms, self.layers, strict=True):
-            x = x + layer(norm(x))
-        return x
+            assert isinstance(norm, RMSNorm)
+            x, normed = norm.behind(x, branch)
+            branch = layer(normed)
+        return x if branch is None else x + branch
 
 
 class BareStack(nn.Module):

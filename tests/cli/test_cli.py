@@ -217,6 +217,10 @@ def test_bench_shows_a_ratio_for_each_mixer(files):
     assert len(rows) == 2
     assert rows[0].split("│")[-2].strip() == "1.00"
     assert not (files / "runs").exists()
+    call("bench", "step", "task.yaml", "--plan", "plan.yaml", "--rounds", "4", "--to", "steps.jsonl")
+    lines = [json.loads(line) for line in Path("steps.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert all(0 < line["least_products_ms"] <= line["least_step_ms"] for line in lines)
 
 
 def test_score_reads_what_the_sweep_left(files):

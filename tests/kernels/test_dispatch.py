@@ -66,7 +66,7 @@ def test_recorders_nest_and_close():
         convolve()
     call(backend="reference")
     assert inner == {"delta_rule:numba"}
-    assert outer == {"delta_rule:numba", "short_conv:fused"}
+    assert outer == {"delta_rule:numba", "short_conv:numba"}
 
 
 def test_messages_give_value_rule_and_cure():

@@ -56,22 +56,24 @@ def test_the_reference_is_the_equation():
     assert torch.equal(final[1, 2], x[1, 2:, 2])
 
 
+@pytest.mark.parametrize("backend", ["fused", "numba"])
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("K", [1, 2, 4])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("L", [1, 2, 3, 4, 17, 100])
-def test_fused_equals_the_reference_in_value_and_gradient(L, dtype, K, activation):
+def test_backends_equal_the_reference_in_value_and_gradient(L, dtype, K, activation, backend):
     tensors = inputs(L, K=K, dtype=dtype)
-    got = run(mk.short_conv, tensors, activation=activation, backend="fused")
+    got = run(mk.short_conv, tensors, activation=activation, backend=backend)
     assert [x.dtype for x in got] == [dtype] * 6
     assert_close(got, reference(tensors, activation=activation), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("backend", ["fused", "numba"])
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_bfloat16_errs_at_most_twice_as_much_as_the_reference(activation):
+def test_bfloat16_errs_at_most_twice_as_much_as_the_reference(activation, backend):
     tensors = inputs(200, dtype=torch.bfloat16)
     own = run(mk.short_conv, tensors, activation=activation, backend="reference")
-    got = run(mk.short_conv, tensors, activation=activation, backend="fused")
+    got = run(mk.short_conv, tensors, activation=activation, backend=backend)
     truth = reference(tensors, activation=activation)
     for name, x, y, z in zip(NAMES, got, own, truth, strict=True):
         assert x.dtype == torch.bfloat16
@@ -86,7 +88,7 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(x, y) for x, y in zip(plain, cast, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("backend", ["reference", "fused", "numba"])
 @pytest.mark.parametrize("cut", [0, 1, 2, 9, 20])
 def test_a_state_carried_across_a_split_equals_the_whole(backend, cut):
     def split(x, weight, bias, *, initial_state, output_final_state):
@@ -108,7 +110,7 @@ def test_no_output_depends_on_a_later_token():
     assert (grad[:, :6] != 0).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("backend", ["reference", "fused", "numba"])
 def test_gradcheck(backend):
     leaves = [x.requires_grad_() for x in inputs(5)]
 
@@ -117,6 +119,52 @@ def test_gradcheck(backend):
         return mk.short_conv(x, weight, bias, activation="silu", **options)
 
     assert torch.autograd.gradcheck(operator, leaves)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("channels", [(3, 1, 3), (40, 33, 64)])
+def test_parts_equal_the_whole_cut(channels, dtype):
+    g = torch.Generator().manual_seed(3)
+    D = sum(channels)
+    wide = torch.randn(2, 9, D + 5, generator=g, dtype=torch.float64).to(dtype)
+    weight, bias = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((D, 4), (D,)))
+
+    def results(backend, dtype):
+        x, w, b = leaves = [z.to(dtype).requires_grad_() for z in (wide, weight, bias)]
+        options = {"activation": "silu", "backend": backend}
+        parts = mk.short_conv_split(x[..., 2 : 2 + D], w, b, channels, **options)  # a slice
+        # Of three kinds: a slice, one that repeats a number, and one in an order of its own.
+        loss = (parts[0] * parts[0]).sum() + 3 * parts[1].sum() + (parts[2].mT * 2).square().sum()
+        return *parts, *torch.autograd.grad(loss, leaves)
+
+    got, want = results("numba", dtype), results("reference", torch.float64)
+    assert [x.shape[-1] for x in got[:3]] == list(channels)
+    wanted = [relative(x, y) for x, y in zip(results("reference", dtype), want, strict=True)]
+    for x, y, own in zip(got, want, wanted, strict=True):
+        assert relative(x, y) <= max(2 * own, TOLERANCE[dtype])
+
+
+def test_parts_may_be_wider_than_their_input():
+    x, weight, bias, _ = inputs(9, dtype=torch.bfloat16)
+    parts = mk.short_conv_split(x, weight, bias, (3, 4), dtype=torch.float32)
+    exact = mk.short_conv(x.double(), weight.double(), bias.double(), backend="reference")[0]
+    assert relative(torch.cat(parts, dim=-1), exact) < 1e-6
+
+
+def test_cuts_that_do_not_fit_are_refused():
+    x, weight, bias, _ = inputs(5)
+    with pytest.raises(ValueError, match=r"widths=\(3, 3\) must be positive and add up to D=7"):
+        mk.short_conv_split(x, weight, bias, (3, 3))
+
+
+def test_loops_refuse_what_has_no_memory():
+    x, weight, _, _ = inputs(5)
+    with pytest.raises(ValueError, match="short_conv: backend='numba' takes plain tensors"):
+        torch.func.grad(lambda z: mk.short_conv(z, weight, backend="numba")[0].sum())(x)
+    found = torch.func.grad(lambda z: mk.short_conv(z, weight)[0].sum())(x)
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(mk.short_conv(leaf, weight, backend="numba")[0].sum(), leaf)
+    assert relative(found, want) < 1e-12
 
 
 def test_second_order_gradients_are_refused():
@@ -144,7 +192,7 @@ def test_strided_inputs_give_the_same_values():
     assert_close(run(mk.short_conv, turned), run(mk.short_conv, (x, weight, bias, S)), 1e-14)
 
 
-@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("backend", ["reference", "fused", "numba"])
 @pytest.mark.parametrize("shape", [(2, 0, 5), (0, 6, 5), (2, 6, 0)])
 def test_empty_inputs_work(shape, backend):
     x, weight = torch.ones(shape, requires_grad=True), torch.ones(shape[2], 4)

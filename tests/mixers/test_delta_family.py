@@ -74,7 +74,7 @@ def test_without_decay_a_gated_mixer_is_the_plain_one(gated, plain):
 
 def recurrence(mixer, x, token):
     """Run a mixer without convolution token by token; `token(S, k, v, beta, a)` gives the state."""
-    q, k, v = mixer._heads(torch.nn.functional.silu(mixer.qkv(x)))
+    q, k, v = mixer._heads(torch.nn.functional.silu(mixer.qkv(x)).split(mixer.widths, dim=-1))
     q = q / q.norm(dim=-1, keepdim=True)
     beta = mixer.beta(x).sigmoid()
     a = torch.ones_like(beta)
@@ -131,7 +131,7 @@ def test_a_mixer_is_its_equation(name, token):
 def test_gated_efla_takes_the_gate_of_gated_deltanet():
     gated = make("gated_efla", {"conv": 0, "output_norm": False})
     x = example()
-    q, k, v = gated._heads(gated.conv(gated.qkv(x)))
+    q, k, v = gated._heads(gated.conv.parts(gated.qkv(x), gated.widths))
     q = q / q.norm(dim=-1, keepdim=True)
     o, _ = gated_efla(q, k, v, gated._beta(x), gated._log_decay(x).exp())
     torch.testing.assert_close(gated(x), gated._output(x, o), rtol=1e-9, atol=1e-12)
@@ -173,7 +173,7 @@ def largest(step, times_lambda, length=300):
     mixer = make("delta", {"step": step, "conv": 0, "output_norm": False, "heads": 1})
     x = example()[:1, :1].expand(1, length, D)
     with torch.no_grad():
-        _, k, _ = mixer._heads(mixer.conv(mixer.qkv(x)))
+        _, k, _ = mixer._heads(mixer.conv.parts(mixer.qkv(x), mixer.widths))
         scale = (times_lambda / mixer._beta(x)[0, 0] / k[0, 0].square().sum()).sqrt()
         # The key's rows are behind silu; scale what comes out of it instead.
         heads = mixer._heads
@@ -200,7 +200,7 @@ def wide(step, key_dim, tmp_path):
     mixer = built.mixers[0]
     with torch.no_grad():
         x = built.stack.norms[0](built.stack.embed(torch.arange(8)[None]))
-        _, k, _ = mixer._heads(mixer.conv(mixer.qkv(x)))
+        _, k, _ = mixer._heads(mixer.conv.parts(mixer.qkv(x), mixer.widths))
         times_lambda = (mixer._beta(x) * k.square().sum(-1)).mean().item()
     folder = RunFolder(tmp_path / step / str(key_dim), run.fingerprint)
     folder.create(run)

@@ -32,7 +32,7 @@ def test_a_list_in_a_plan_trains_and_is_one_row_of_the_table(tmp_path):
     hybrid = results[found.runs[0].fingerprint]
     assert hybrid.status == "finished"
     ran = {pair.split(":")[0] for pair in hybrid.environment["backends"].split()}
-    assert ran == {"delta_rule", "short_conv"}
+    assert ran == {"delta_rule", "rms_norm", "short_conv", "swiglu"}
     fit = fits.check(found)
     sizes = {r.mixer: fit.sizes[r.fingerprint] for r in found.runs}
     lines = {line.mixer: line for line in cells(of_runs(found.runs, results))}

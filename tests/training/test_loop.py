@@ -40,7 +40,7 @@ def test_a_tiny_run_learns_and_writes_everything(tmp_path):
     assert result == folder.result()
     assert result.parameters == sum(p.numel() for p in model.build(run).parameters())
     ran = dict(pair.split(":") for pair in result.environment["backends"].split())
-    assert ran.keys() == {"delta_rule", "short_conv"}
+    assert ran.keys() == {"delta_rule", "rms_norm", "short_conv", "swiglu"}
     names = {name for row in folder.rows()[0] for name in row.metrics}
     assert names == {
         "train/loss",

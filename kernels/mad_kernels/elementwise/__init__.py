@@ -1,0 +1,6 @@
+"""What stands between matrix products, in one pass over memory each way."""
+
+from mad_kernels.elementwise.rms_norm import add_rms_norm, rms_norm
+from mad_kernels.elementwise.swiglu import swiglu
+
+__all__ = ["add_rms_norm", "rms_norm", "swiglu"]

@@ -1,0 +1,137 @@
+"""RMSNorm and the SwiGLU gate as compiled loops: one pass over memory each way.
+
+    s = x + r        y = s c w,   c = (mean(s^2) + eps)^(-1/2)
+    ds = d_sum + c w dy - s c^3 mean(w dy s)                     dw = sum over rows of c s dy
+
+    y = g sigma(g) v
+    dg = dy v sigma(g) (1 + g (1 - sigma(g)))                    dv = dy g sigma(g)
+
+Numbers are read and written in their own type, bfloat16 as its bits, and worked on in float32 or
+float64. Rows shorter than a vector and a power of two wide, as those of heads are, lie several in
+one line; their sums are taken in groups. Shares of dw are added in blocks of lines, so that its
+error does not grow with their number.
+
+Legend: a line is what one sum of squares is taken over, or as many rows as fill a vector; `step_*`
+the distance between two lines of an array.
+"""
+
+from typing import no_type_check
+
+from mad_kernels.lanes import (
+    LANES,
+    add,
+    aligned_zeros,
+    compile_loop,
+    div,
+    fetch,
+    fma,
+    group_totals,
+    load,
+    mul,
+    put,
+    root,
+    sigmoid,
+    spread,
+    store,
+    sub,
+)
+
+_BLOCK = 64  # lines whose shares of dw are added up before they join the rest
+
+
+@compile_loop
+@no_type_check
+def rms_norm_forward(x, step_x, r, step_r, weight, constants, line, group, total, y):
+    """Fill `total` with x + r, unless r is None, and `y` with its norm.
+
+    Args:
+        weight: As long as a line, and filled up with zeros.
+        constants: 1, 1 / width and eps.
+        line: Numbers in a line.
+        group: Numbers that a sum is taken over; a vector's for longer ones.
+    """
+    nothing = load(aligned_zeros(LANES, weight.dtype), 0)
+    one, share, eps = spread(constants, 0), spread(constants, 1), spread(constants, 2)
+    for i in range(-(-y.size // line)):
+        end = min(line, y.size - i * line)
+        squares = nothing
+        for j in range(0, end, LANES):
+            row = fetch(x, i * step_x + j, end - j)
+            if r is not None:
+                row = add(row, fetch(r, i * step_r + j, end - j))
+                put(total, i * line + j, row, end - j)
+            squares = fma(row, row, squares)
+        scale = div(one, root(fma(group_totals(squares, group), share, eps)))
+        for j in range(0, end, LANES):
+            if r is not None:  # noqa: SIM108  numba leaves out a branch on None, not half of a line
+                row = fetch(total, i * line + j, end - j)
+            else:
+                row = fetch(x, i * step_x + j, end - j)
+            put(y, i * line + j, mul(mul(row, scale), load(weight, j)), end - j)
+
+
+@compile_loop
+@no_type_check
+def rms_norm_backward(s, step_s, weight, constants, line, group, dy, step_dy, d_sum, step_sum, dx, dr, d_weight):
+    """Fill `dx`, the same as `dr` in its own type, and `d_weight`, as long as `weight`.
+
+    `d_sum` is what comes to s from elsewhere; it and `dr` may be None.
+    """
+    nothing = load(aligned_zeros(LANES, weight.dtype), 0)
+    one, share, eps = spread(constants, 0), spread(constants, 1), spread(constants, 2)
+    shares = aligned_zeros(weight.size, weight.dtype)
+    lines = -(-dx.size // line)
+    for i in range(lines):
+        end = min(line, dx.size - i * line)
+        squares, along = nothing, nothing
+        for j in range(0, end, LANES):
+            row = fetch(s, i * step_s + j, end - j)
+            pull = mul(load(weight, j), fetch(dy, i * step_dy + j, end - j))
+            squares = fma(row, row, squares)
+            along = fma(row, pull, along)
+        scale = div(one, root(fma(group_totals(squares, group), share, eps)))
+        back = mul(mul(mul(scale, scale), share), group_totals(along, group))
+        for j in range(0, end, LANES):
+            row = fetch(s, i * step_s + j, end - j)
+            slope = fetch(dy, i * step_dy + j, end - j)
+            store(shares, j, fma(mul(row, scale), slope, load(shares, j)))
+            change = mul(scale, sub(mul(load(weight, j), slope), mul(row, back)))
+            if d_sum is not None:
+                change = add(change, fetch(d_sum, i * step_sum + j, end - j))
+            put(dx, i * line + j, change, end - j)
+            if dr is not None:
+                put(dr, i * line + j, change, end - j)
+        if i % _BLOCK == _BLOCK - 1 or i == lines - 1:
+            for j in range(0, weight.size, LANES):
+                store(d_weight, j, add(load(d_weight, j), load(shares, j)))
+            shares[:] = 0
+
+
+@compile_loop
+@no_type_check
+def swiglu_forward(h, step, width, y):
+    """Fill `y` from lines that hold g and, behind it, v."""
+    for i in range(y.size // width):
+        at = i * step
+        for j in range(0, width, LANES):
+            left = width - j
+            gate = fetch(h, at + j, left)
+            value = mul(gate, fetch(h, at + width + j, left))
+            put(y, i * width + j, mul(sigmoid(gate), value), left)
+
+
+@compile_loop
+@no_type_check
+def swiglu_backward(h, step, width, dy, step_dy, ones, dh):
+    """Fill `dh` with dg and, behind it, dv; `ones` holds a one of the type of sums."""
+    one = spread(ones, 0)
+    for i in range(dh.size // (2 * width)):
+        at, into = i * step, 2 * i * width
+        for j in range(0, width, LANES):
+            left = width - j
+            gate, value = fetch(h, at + j, left), fetch(h, at + width + j, left)
+            slope = fetch(dy, i * step_dy + j, left)
+            s = sigmoid(gate)
+            dg = mul(mul(slope, value), mul(s, fma(gate, sub(one, s), one)))
+            put(dh, into + j, dg, left)
+            put(dh, into + width + j, mul(slope, mul(gate, s)), left)
