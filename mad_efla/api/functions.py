@@ -145,6 +145,7 @@ def sweep(
     out: str | Path = "runs",
     tracking_uri: str | None = None,
     hours: float | None = None,
+    known: Sequence[str | Path] = (),
     retry_failed: bool = False,
     progress: bool | None = None,
 ) -> Runs:
@@ -162,6 +163,7 @@ def sweep(
         out: Folder of run folders.
         tracking_uri: MLflow store to mirror the runs in; None for none.
         hours: When to stop; None for never.
+        known: Archives; runs that they hold are not made again.
         retry_failed: Make runs again that failed by an error.
         progress: Show bars; None shows them in a notebook and nowhere else.
 
@@ -195,7 +197,7 @@ def sweep(
     if workers != 0:
         processes.prepare(runner.device)
     follow = live.Follow if (_in_notebook() if progress is None else progress) else _Silent
-    sweeps, _ = sweeping.prepare(sweeps, out)
+    sweeps, _ = sweeping.prepare(sweeps, out, [Path(file) for file in known])
     ended = sweeping.perform(
         sweeps, out, runner, follow, sweeping.Mirrored(tracking_uri), hours=hours, retry_failed=retry_failed
     )
@@ -210,7 +212,7 @@ def load(*places: str | Path) -> Runs:
     """Read the runs of sweeps that were made before.
 
     Args:
-        *places: Folders of run folders; `runs` if none is given.
+        *places: Folders of run folders, and archives; `runs` if none is given.
 
     Raises:
         ConfigError: There is no sweep.

@@ -19,6 +19,7 @@ from mad_efla.plan.expand import flatten
 from mad_efla.plan.run import RunConfig
 from mad_efla.reporting import renderers, tables
 from mad_efla.reporting.table import Table
+from mad_efla.runs.archive import ArchivedRun
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.read import Group
 from mad_efla.runs.schema import Planned, Result
@@ -43,7 +44,7 @@ class Run:
         role: `measured`, `chooses` (a grid point is chosen by it), or `check` (no score counts it).
     """
 
-    def __init__(self, config: RunConfig, result: Result | None, folder: RunFolder, role: str):
+    def __init__(self, config: RunConfig, result: Result | None, folder: RunFolder | ArchivedRun, role: str):
         self.config, self.result, self.folder, self.role = config, result, folder.path, role
         self._folder = folder
 

@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from mad_efla.execution.queue import OutOfTime, Watch, Work
 from mad_efla.plan.expand import Sweep
 from mad_efla.plan.run import RunConfig
 from mad_efla.reporting import drawing
+from mad_efla.runs.archive import Archive
 from mad_efla.runs.files import ensure_writable, now
 from mad_efla.runs.folder import RunFolder, finished, given_up, mend
 from mad_efla.runs.schema import SweepRecord
@@ -58,8 +59,13 @@ class Ended(NamedTuple):
     warnings: list[str]
 
 
-def prepare(sweeps: list[Sweep], out: Path) -> tuple[list[Sweep], list[str]]:
-    """Make the folder ready, and add the runs that earlier calls have chosen.
+def prepare(sweeps: list[Sweep], out: Path, known: Sequence[Path] = ()) -> tuple[list[Sweep], list[str]]:
+    """Make the folder ready, unpack what is known of the runs, and add those that earlier calls have chosen.
+
+    Args:
+        sweeps: As the plan has them.
+        out: The folder of run folders.
+        known: Archives; what they hold of these runs is not made again.
 
     Returns:
         The sweeps, and notes on what was set aside because it could not be read.
@@ -68,6 +74,11 @@ def prepare(sweeps: list[Sweep], out: Path) -> tuple[list[Sweep], list[str]]:
         ConfigError: The folder can't be written.
     """
     ensure_writable(out)
+    wanted = {r.fingerprint for s in sweeps for own in (s.runs, *s.measured.values()) for r in own}
+    for path in known:
+        held = Archive(path).runs
+        for fingerprint in sorted(wanted & held.keys()):
+            held[fingerprint].unpack(out)
     sweeps = [decided(sweep, out) for sweep in sweeps]
     return sweeps, mend(out, [r.fingerprint for r in _runs(sweeps)])
 

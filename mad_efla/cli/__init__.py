@@ -9,7 +9,7 @@ import sys
 import click
 
 from mad_efla.cli.benches import bench
-from mad_efla.cli.findings import causes, report, results, score, spectrum
+from mad_efla.cli.findings import archive, causes, report, results, score, spectrum
 from mad_efla.cli.mirror import sync, ui
 from mad_efla.cli.parts import check, data, list_, show
 from mad_efla.cli.sweeps import logs, status, sweep
@@ -44,6 +44,7 @@ for _command in (
     report,
     spectrum,
     causes,
+    archive,
     bench,
     list_,
     show,

@@ -261,3 +261,36 @@ def causes(
     for name, figure in drawn.items():
         for path in figures.save(figure, to / name):
             click.echo(path)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@options(
+    click.option(
+        "--to",
+        type=click.Path(path_type=Path, dir_okay=False),
+        required=True,
+        metavar="FILE",
+        help="The archive, as results.parquet; replaced whole.",
+    ),
+    click.option("--plan", metavar="NAME", help="Only the sweeps of this plan."),
+)
+@says_errors
+def archive(runs: tuple[Path, ...], to: Path, plan: str | None) -> None:
+    """Keep what the runs under RUNS left, weights aside, in one Parquet file: a row a run.
+
+    RUNS are folders of runs and archives. Every command that reads RUNS takes the archive in their
+    place, and so do pandas, DuckDB and R. Equal runs give equal bytes.
+
+    \b
+    mad-efla archive runs --to results/quick.parquet
+    """
+    from mad_efla.runs import archive as archives
+    from mad_efla.runs.read import load
+
+    groups = [g for g in load(*(runs or (Path(OUT),))) if plan in (None, g.plan)]
+    if not groups:
+        raise ConfigError(f"--plan {plan}: no sweep of these runs has that plan")
+    folders = {f: lies for g in groups for f, lies in g.folders.items() if f in g.results}
+    count = archives.write(to, [record for g in groups for record in g.records], folders)
+    click.echo(f"{to}: {count} runs")

@@ -69,6 +69,13 @@ if TYPE_CHECKING:
         metavar="TIME",
         help="Make as many seeds, then settings, as take TIME (90s, 2m, 1.5h); a longer one goes on from there.",
     ),
+    click.option(
+        "--known",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        multiple=True,
+        metavar="FILE",
+        help="An archive: runs that it holds are not made again. Repeatable.",
+    ),
     click.option("--retry-failed", is_flag=True, help="Make runs again that failed by an error."),
     data_dir_option,
 )
@@ -89,6 +96,7 @@ def sweep(
     dry_run: bool,
     max_hours: float | None,
     budget: str | None,
+    known: tuple[Path, ...],
     retry_failed: bool,
 ) -> None:
     """Train every mixer of a plan on TASKS and show who learned what.
@@ -125,7 +133,7 @@ def sweep(
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
     mirrored = Mirrored(uri, log_models, figures=not no_figures)
     matches = [match for fit in found for match in fit.matches]
-    sys.exit(_sweep(sweeps, matches, out, runner, mirrored, max_hours, retry_failed))
+    sys.exit(_sweep(sweeps, matches, out, runner, mirrored, known, max_hours, retry_failed))
 
 
 def _within(
@@ -215,6 +223,7 @@ def _sweep(
     out: Path,
     runner: "Executor",
     mirrored: "Mirrored",
+    known: tuple[Path, ...],
     max_hours: float | None,
     retry_failed: bool,
 ) -> int:
@@ -223,7 +232,7 @@ def _sweep(
     from mad_efla.reporting import live, terminal
 
     err = terminal.stderr()
-    sweeps, notes = sweeping.prepare(sweeps, out)
+    sweeps, notes = sweeping.prepare(sweeps, out, known)
     for line in (*(f"note: {note}" for note in notes), *dict.fromkeys(terminal.matches(matches))):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     failed = []

@@ -1,4 +1,4 @@
-"""The one reader of run folders: what can be read, and what cannot, with the reason.
+"""The one reader of runs, in folders and archives: what can be read, and what cannot, with the reason.
 
 Runs are read by way of the sweeps that name them, since labels come from the sweep that is shown,
 and since a run whose folder is gone was planned all the same. Nothing is written or renamed.
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from mad_efla.config import ConfigError
 from mad_efla.plan.run import RunConfig
+from mad_efla.runs.archive import SUFFIX, Archive, ArchivedRun
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.schema import Planned, Result, SweepRecord, planned
 from mad_efla.runs.sweeps import read_sweeps
@@ -32,7 +33,7 @@ class Group(NamedTuple):
         planned: Its runs as their sweeps name them, each once.
         runs: Configurations by fingerprint, of those that can be read.
         results: Results by fingerprint, of those that are done.
-        folders: Run folders by fingerprint.
+        folders: Where each run lies, by fingerprint: a folder, or a row of an archive.
         unreadable: Runs that cannot be shown.
     """
 
@@ -42,7 +43,7 @@ class Group(NamedTuple):
     planned: list[Planned]
     runs: dict[str, RunConfig]
     results: dict[str, Result]
-    folders: dict[str, RunFolder]
+    folders: dict[str, RunFolder | ArchivedRun]
     unreadable: list[Unreadable]
 
     @property
@@ -52,24 +53,24 @@ class Group(NamedTuple):
 
 
 def load(*places: Path) -> list[Group]:
-    """Read every run that the sweeps in some folders are made of.
+    """Read every run that the sweeps in some folders and archives are made of.
 
     Args:
-        places: Folders of run folders. A run that lies in several counts once, as the first has it.
+        places: Folders of run folders, and archives. A run that lies in several counts once.
 
     Returns:
         A group for every plan and protocol, by name.
 
     Raises:
-        ConfigError: There is no sweep.
+        ConfigError: There is no sweep, or an archive cannot be read.
     """
-    records = [(record, out) for out in places for record in read_sweeps(out)]
+    records = [(record, source) for place in places for source in [_source(place)] for record in _records(source)]
     if not records:
         named = ", ".join(map(str, places))
         raise ConfigError(f"{named}: holds no sweep; run `mad-efla sweep` first, or name its folder")
-    found: dict[tuple[str, str], list[tuple[SweepRecord, Path]]] = {}
-    for record, out in records:
-        found.setdefault((record.plan, record.protocol), []).append((record, out))
+    found: dict[tuple[str, str], list[tuple[SweepRecord, _Source]]] = {}
+    for record, source in records:
+        found.setdefault((record.plan, record.protocol), []).append((record, source))
     return [_group(*key, found[key]) for key in sorted(found)]
 
 
@@ -99,14 +100,33 @@ def of_planned(named: Iterable[Planned], runs: Iterable[RunConfig], results: dic
     return Group("", protocol, [], list(once.values()), every, results, {}, [])
 
 
-def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, Path]]) -> Group:
+_Source = Path | Archive
+"""A folder of run folders, or an archive."""
+
+
+def _source(place: Path) -> _Source:
+    return Archive(place) if place.suffix == SUFFIX or place.is_file() else place
+
+
+def _records(source: _Source) -> list[SweepRecord]:
+    return source.records if isinstance(source, Archive) else read_sweeps(source)
+
+
+def _lies(source: _Source, fingerprint: str) -> RunFolder | ArchivedRun:
+    """Return where a run lies; of one that an archive lacks, a folder that is not there."""
+    if isinstance(source, Archive):
+        return source.runs.get(fingerprint) or RunFolder(source.path.with_suffix(""), fingerprint)
+    return RunFolder(source, fingerprint)
+
+
+def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, _Source]]) -> Group:
     group = Group(plan, protocol, [record for record, _ in records], [], {}, {}, {}, [])
     seen: dict[str, int] = {}
-    for record, out in records:
+    for record, source in records:
         known = {p.fingerprint: p for p in record.planned}
         for fingerprint in record.fingerprints:
             if fingerprint not in group.folders or fingerprint not in group.runs:
-                _read(group, RunFolder(out, fingerprint), known.get(fingerprint))
+                _read(group, _lies(source, fingerprint), known.get(fingerprint))
             entry = known.get(fingerprint)
             if entry is None and fingerprint in group.runs:
                 entry = planned(group.runs[fingerprint])
@@ -121,7 +141,7 @@ def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, Path]]) ->
     return group
 
 
-def _read(group: Group, folder: RunFolder, entry: Planned | None) -> None:
+def _read(group: Group, folder: RunFolder | ArchivedRun, entry: Planned | None) -> None:
     """Read one run into a group, or note why it cannot be read; a folder may be gone."""
     group.folders[folder.fingerprint] = folder
     if not folder.path.exists():

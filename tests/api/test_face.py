@@ -58,6 +58,7 @@ def test_arguments_have_the_order_and_the_defaults_that_are_promised():
         ("out", "runs"),
         ("tracking_uri", None),
         ("hours", None),
+        ("known", ()),
         ("retry_failed", False),
         ("progress", None),
     ]

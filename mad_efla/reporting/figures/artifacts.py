@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from mad_efla import spectrum
 from mad_efla.analysis.cells import Cell, cells
 from mad_efla.reporting.figures import spectra, style, sweeps
+from mad_efla.runs.archive import ArchivedRun
 from mad_efla.runs.files import write_bytes, write_json
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.read import of_record
@@ -49,7 +50,7 @@ def of_sweep(out: Path, record: SweepRecord) -> list[Path]:
     return written
 
 
-def of_run(folder: RunFolder, found: Diagnosis | None = None) -> list[Path]:
+def of_run(folder: RunFolder | ArchivedRun, found: Diagnosis | None = None) -> list[Path]:
     """Draw what a finished run does with its memory.
 
     Args:

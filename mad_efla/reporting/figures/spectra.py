@@ -30,6 +30,7 @@ from mad_efla import spectrum
 from mad_efla.config import ConfigError
 from mad_efla.plan.run import RunConfig
 from mad_efla.reporting.figures import PAGE, Line, lines, style
+from mad_efla.runs.archive import ArchivedRun
 from mad_efla.runs.folder import RunFolder
 from mad_efla.spectrum import (
     EULER_LIMIT,
@@ -59,7 +60,7 @@ _ERRORS = (1e-6, 1e2)  # drawn
 # ------------------------------------------------------------------ runs
 
 
-def diagnose(folder: RunFolder, examples: int, seed: int) -> Diagnosis:
+def diagnose(folder: RunFolder | ArchivedRun, examples: int, seed: int) -> Diagnosis:
     """Diagnose a finished run on the beginning of its test split, on the CPU in float32.
 
     Args:
