@@ -70,10 +70,10 @@ def results(runs: Path, into: Path | None, readings: Path | None) -> None:
 
     found = results.sections(runs, readings)
     if into is None:
-        click.echo(results.page(found), nl=False)
+        click.echo(results.into(found), nl=False)
         return
     previous = into.read_text(encoding="utf-8") if into.exists() else ""
-    write_bytes(into, results.page(found, previous).encode())
+    write_bytes(into, results.into(found, previous).encode())
 
 
 @click.command()

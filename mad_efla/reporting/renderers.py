@@ -69,10 +69,15 @@ def markdown(table: Table) -> str:
     lines = [[column.name for column in table.columns], ["---"] * len(table.columns)]
     for y, row in enumerate(cells(table)):
         lines.append([f"**{w}**" if (y, x) in table.best else w for x, w in enumerate(row)])
-    body = "\n".join("| " + " | ".join(w.replace("|", r"\|") for w in line) + " |" for line in lines)
+    body = "\n".join("| " + " | ".join(_markdown(word) for word in line) + " |" for line in lines)
     if table.folded:
-        return f"<details><summary>{table.title}</summary>\n\n{body}\n\n</details>"
+        summary = f"<details><summary>{table.title}</summary>"
+        return "\n\n".join(filter(None, [summary, body, table.note, "</details>"]))
     return "\n\n".join(filter(None, [table.title, body, table.note]))
+
+
+def _markdown(word: str) -> str:
+    return word.replace("|", r"\|").replace("\n", "<br>")
 
 
 def html(table: Table) -> Markup:
@@ -92,6 +97,7 @@ def html(table: Table) -> Markup:
 def _html(word: str, *, bold: bool) -> Markup:
     number, bracket, rest = word.partition(" [")
     shown = escape(number if bracket and rest.endswith("]") else word)
+    shown = Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(shown)))
     shown = Markup("<br>").join(shown.split("\n"))
     if bold:
         shown = Markup("<b>{}</b>").format(shown)

@@ -9,7 +9,7 @@ import torch
 from mad_efla.analysis import corruption
 from mad_efla.analysis.cells import cells
 from mad_efla.config import ConfigError
-from mad_efla.reporting import report, results
+from mad_efla.reporting import charts, report, results
 from mad_efla.reporting.figures import robustness as drawings
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.read import of_runs
@@ -150,7 +150,7 @@ def test_the_results_page_and_the_report_show_areas_and_halves(tmp_path, monkeyp
     assert "| plain_efla | 0.01 | 80.0 [80.0, 80.0] | " in text
     assert " | 55.0 [55.0, 55.0] | 72.5 [72.5, 72.5] |" in text
     assert "| plain_efla | 0.75 | > 5 |" in text
-    monkeypatch.setattr(report, "_spectra", lambda part, pictures: [])  # there are no weights
+    monkeypatch.setitem(charts.DRAW, "spectra", lambda chapter: [])  # there are no weights
     page, *drawn = report.write(tmp_path, tmp_path / "page.html")
     assert "Severity at which accuracy is half" in page.read_text()
     assert [p for p in drawn if p.name == "toy-custom-corruption-smnist-baseline-0.png"]

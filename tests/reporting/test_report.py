@@ -10,12 +10,12 @@ from mad_efla import config
 from mad_efla.analysis.leaderboard import leaderboard
 from mad_efla.analysis.statistics import Interval
 from mad_efla.config import ConfigError
-from mad_efla.reporting import figures, report
+from mad_efla.reporting import charts, figures, page, renderers, report, results
 from mad_efla.reporting.figures import spectra, sweeps
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.read import load
 from mad_efla.runs.schema import Row, SweepRecord
-from mad_efla.runs.sweeps import write_sweep
+from mad_efla.runs.sweeps import read_sweeps, write_sweep
 from tests import browser
 from tests.analysis.test_cells import done
 from tests.cli.test_cli import SWEEP, call
@@ -31,6 +31,12 @@ RATES = (0.01, 0.02)
 def without_spectra(monkeypatch):
     """Fabricated runs have no weights, and `tests/test_figures.py` draws spectra."""
     monkeypatch.setattr(spectra, "diagnose", lambda *a: pytest.fail("no weights to look at"))
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    for name in charts.DRAW:
+        monkeypatch.setitem(charts.DRAW, name, lambda chapter: [])
 
 
 def grid(seeds=(0, 1), rates=RATES, lengths=LENGTHS, mixers=MIXERS, **fields):
@@ -86,7 +92,7 @@ def made(out, runs, **fields):
     return out
 
 
-def page(out):
+def html(out):
     return report.write(out, out / "report" / "index.html")[0].read_text()
 
 
@@ -129,7 +135,7 @@ class Page(HTMLParser):
 
 def test_the_numbers_are_those_of_the_scores(tmp_path):
     runs = grid()
-    text = "\n".join(Page(page(made(tmp_path, runs))).words)
+    text = "\n".join(Page(html(made(tmp_path, runs))).words)
     (group,) = load(tmp_path)
     board = leaderboard(group)
     intervals = [t.accuracy for t in board.tasks] + [cell.accuracy for cell in board.cells]
@@ -142,8 +148,52 @@ def test_the_numbers_are_those_of_the_scores(tmp_path):
     assert f"{pair.p_corrected:.3g}" in text
 
 
+def test_both_pages_show_the_same_tables(tmp_path, without_figures):
+    runs = grid()
+    for run in runs[1:]:
+        finish(tmp_path, run)
+    sweep(tmp_path, runs)
+    (chapter,) = page.chapters(tmp_path)
+    wanted = [block for section in chapter.sections() for block in section.blocks if isinstance(block, page.Table)]
+    assert len(wanted) >= 5
+    words = " ".join(" ".join(Page(html(tmp_path)).words).split())
+    text = results.sections(tmp_path)["plan"]
+    for table in wanted:
+        assert renderers.markdown(table) in text
+        assert " ".join(" ".join(Page(str(renderers.html(table))).words).split()) in words
+
+
+def test_what_a_section_leads_with_stands_above_its_tables_on_both_pages(tmp_path, monkeypatch, without_figures):
+    made(tmp_path, grid(rates=RATES[:1], lengths=LENGTHS[:1]))
+    sections = page.Chapter.sections
+    said = ("One thing is <sure>.", "Another is not.")
+    monkeypatch.setattr(page.Chapter, "sections", lambda c: [s._replace(lead=said) for s in sections(c)])
+    for text in ("\n".join(Page(html(tmp_path)).words), results.sections(tmp_path)["plan"]):
+        places = [text.index(words) for words in (*said, "rank")]
+        assert places == sorted(places)
+
+
+def test_every_figure_that_a_page_names_can_be_drawn_and_is_named(tmp_path):
+    (chapter,) = page.chapters(made(tmp_path, grid()))
+    chapter = chapter._replace(arms=["a mixer that was probed"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page.tables, "corruption", lambda arms: [])
+        named = [b.name for s in chapter.sections() for b in s.blocks if isinstance(b, page.Charts)]
+    assert sorted(named) == sorted(charts.DRAW)
+
+
+def test_commands_are_set_as_code_each_in_a_line_of_its_own(tmp_path, without_figures):
+    made(tmp_path, grid(rates=RATES[:1], lengths=LENGTHS[:1]))
+    record = read_sweeps(tmp_path)[0].model_copy(
+        update={"id": "other", "started": 2, "command": "mad-efla sweep '<b>'"}
+    )
+    write_sweep(tmp_path, record)
+    assert "<code>mad-efla sweep recall</code><br><code>mad-efla sweep &#39;&lt;b&gt;&#39;</code>" in html(tmp_path)
+    assert "`mad-efla sweep recall`<br>`mad-efla sweep '<b>'`" in results.sections(tmp_path)["plan"]
+
+
 def test_a_page_has_every_section_that_runs_can_fill(tmp_path):
-    text = page(made(tmp_path, grid()))
+    text = html(made(tmp_path, grid()))
     assert titles(text) == [
         "Scores",
         "Settings",
@@ -159,14 +209,14 @@ def test_a_page_has_every_section_that_runs_can_fill(tmp_path):
 
 def test_there_is_no_section_without_something_to_show(tmp_path):
     runs = grid(rates=RATES[:1], lengths=LENGTHS[:1], mixers=MIXERS[:1], seeds=(0,))
-    text = page(made(tmp_path, runs))
+    text = html(made(tmp_path, runs))
     assert titles(text) == ["Scores", "Settings", "Learning", "Protocol and versions"]
     sweep(tmp_path, grid(seeds=(7,)), plan="later")
-    assert page(tmp_path).count("0 of 12 runs are done") == 1
+    assert html(tmp_path).count("0 of 12 runs are done") == 1
 
 
 def test_it_needs_no_other_file_and_runs_nothing(tmp_path):
-    found = Page(page(made(tmp_path, grid())))
+    found = Page(html(made(tmp_path, grid())))
     assert not found.tags & {"script", "link", "img", "iframe", "object"}
     assert found.references
     assert all(reference.startswith("#") for reference in found.references)
@@ -180,7 +230,7 @@ def test_labels_are_escaped(tmp_path):
     for run in runs:
         finish(tmp_path, run)
     sweep(tmp_path, runs, plan="<script>alert(1)</script>")
-    text = page(tmp_path)
+    text = html(tmp_path)
     assert "<script" not in text
     assert "<b onload" not in text
     assert "&lt;script&gt;" in text
@@ -196,7 +246,7 @@ def test_equal_files_give_equal_bytes(tmp_path):
         assert one.read_bytes().splitlines() == other.read_bytes().splitlines(), one.name
 
 
-def test_what_failed_diverged_or_is_missing_is_named(tmp_path):
+def test_what_failed_diverged_or_is_missing_is_named(tmp_path, without_figures):
     runs = grid()
     failed, diverged, stopped, waiting = runs[:4]
     for run in runs[4:]:
@@ -212,7 +262,7 @@ def test_what_failed_diverged_or_is_missing_is_named(tmp_path):
     folder.finish(result(diverged.fingerprint, status="diverged", **gone))
     lost = tiny(seed=99)
     sweep(tmp_path, [*runs, lost])
-    text = page(tmp_path)
+    text = html(tmp_path)
     assert "Failed and diverged" in titles(text)
     for words in (
         "no &lt;memory&gt;",
@@ -227,50 +277,17 @@ def test_what_failed_diverged_or_is_missing_is_named(tmp_path):
         assert words in text, words
 
 
-def test_a_diverged_run_pulls_its_learning_curve_to_zero(tmp_path):
-    runs = grid(rates=RATES[:1], lengths=LENGTHS[:1], mixers=MIXERS[:1])
-    made(tmp_path, runs)
-    (tmp_path / runs[1].fingerprint / "result.json").unlink()
-    gone = result(runs[1].fingerprint, status="diverged", test=None, validation=None, steps=25)
-    RunFolder(tmp_path, runs[1].fingerprint).finish(gone)
-    (part,) = report._parts(tmp_path)
-    curve = report._curve(part.board.cells[0], part)
-    assert curve.x == [10, 20, 25, 30]
-    assert curve.y[-1].mean == pytest.approx((accuracy(runs[0]) + accuracy(runs[1])) / 2)
-
-
 def test_plans_protocols_and_unlike_budgets_are_kept_apart(tmp_path):
     short, long = grid(rates=RATES[:1]), grid(rates=RATES[:1], train__steps=40)
     for run in [*short, *long]:
         finish(tmp_path, run)
     sweep(tmp_path, [*short, *long], plan="both")
     sweep(tmp_path, short, plan="one")
-    text = page(tmp_path)
+    text = html(tmp_path)
     assert re.findall(r"<h2>(.*?)</h2>", text) == ["both, protocol custom", "one, protocol custom"]
-    (both, one) = report._parts(tmp_path)
+    (both, one) = page.chapters(tmp_path)
     assert len(both.board.cells) == 2 * len(one.board.cells) == 12
     assert both.board.tasks[0].settings == 6
-
-
-def test_an_axis_is_a_field_in_which_settings_differ_alone():
-    runs = [
-        tiny(setting="baseline"),
-        tiny(setting="seq_len=16", task__seq_len=16),
-        tiny(setting="seq_len=8", task__seq_len=8),
-        tiny(setting="vocab_size=10", task__vocab_size=10),
-        tiny(setting="both", task__vocab_size=16, task__seq_len=20),
-    ]
-    axes = {field: settings for _, field, settings in report._axes({r.setting: r for r in runs})}
-    assert axes == {
-        "task.seq_len": [(8, "seq_len=8"), (12, "baseline"), (16, "seq_len=16")],
-        "task.vocab_size": [(8, "baseline"), (10, "vocab_size=10")],
-    }
-
-
-def test_axes_of_one_field_say_in_what_they_differ():
-    runs = [tiny(setting=f"{n} {m}", task__seq_len=n, task__vocab_size=m) for n in (8, 12) for m in (8, 10)]
-    found = [title for title, field, _ in report._axes({r.setting: r for r in runs}) if field == "task.seq_len"]
-    assert found == ["vocab_size=8", "vocab_size=10"]
 
 
 def test_the_command_writes_the_page_and_its_figures(files, monkeypatch):
@@ -289,10 +306,10 @@ def test_the_command_writes_the_page_and_its_figures(files, monkeypatch):
 
 def test_a_folder_without_sweeps_and_a_page_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no sweep"):
-        page(tmp_path)
+        html(tmp_path)
     (tmp_path / "report").write_text("in the way")
     with pytest.raises(ConfigError, match="name another"):
-        page(made(tmp_path, grid(seeds=(0,))))
+        html(made(tmp_path, grid(seeds=(0,))))
 
 
 # ------------------------------------------------------------------ figures
