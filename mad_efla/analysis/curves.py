@@ -61,17 +61,22 @@ def _plain(value: Any) -> Any:
 
 
 def by_learning_rate(group: Group) -> dict[float, list[TaskScore]]:
-    """Score the runs of a group at each learning rate by itself, those that only choose among them."""
+    """Score the runs of a group at each learning rate by itself.
+
+    Where points are chosen on seeds of their own, these seeds alone: the others are made at one rate.
+    """
     runs = group.runs
     rates = sorted({runs[p.fingerprint].optim.lr for p in group.planned if p.fingerprint in runs})
     return {rate: leaderboard(_at_rate(group, rate)).tasks for rate in rates}
 
 
 def _at_rate(group: Group, rate: float) -> Group:
+    apart = any(p.chooses for p in group.planned)
     kept = [
         p.model_copy(update={"chooses": False})
         for p in group.planned
         if p.fingerprint in group.runs and group.runs[p.fingerprint].optim.lr == rate
+        if p.chooses == apart and not p.check
     ]
     return group._replace(planned=kept)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas
     from torch import nn
 
+    from mad_efla.reporting.page import Chapter
     from mad_efla.spectrum import Diagnosis
     from mad_efla.tasks import Examples
 
@@ -280,6 +281,16 @@ class Runs:
         group, run = max(own, key=lambda pair: _merit(pair[0].results[pair[1].fingerprint]))
         return Run(run, group.results[run.fingerprint], group.folders[run.fingerprint], "measured")
 
+    def chapters(self) -> "list[Chapter]":
+        """Return what the report tells of them: a chapter for each plan and protocol."""
+        from mad_efla.analysis import corruption
+        from mad_efla.reporting.page import Chapter
+
+        return [
+            Chapter(group, board, corruption.arms(board.cells))
+            for group, board in zip(self._groups, self._scored(), strict=True)
+        ]
+
     def __repr__(self) -> str:
         from io import StringIO
 
@@ -291,7 +302,7 @@ class Runs:
             for sentence in verdict.sentences(board):
                 console.print(sentence, markup=False, highlight=False)
             for table in _tables(board):
-                console.print(renderers.terminal(table))
+                console.print(renderers.terminal(table, console.width))
         return text.getvalue().rstrip() or f"<Runs: {len(self)}, none is done>"
 
     def _repr_html_(self) -> str:

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import textwrap
+from dataclasses import replace
 
 import rich.box
 import rich.table
@@ -11,7 +12,7 @@ from markupsafe import Markup, escape
 from rich.text import Text
 
 from mad_efla.analysis.statistics import Interval
-from mad_efla.reporting.table import Table, text
+from mad_efla.reporting.table import Column, Table, text
 
 _NARROW, _WIDE = 10, 32  # letters: of a heading's line at least, of a value that is not broken
 _LATEX = {
@@ -33,9 +34,15 @@ def cells(table: Table) -> list[list[str]]:
     return [[text(value, column.form) for value, column in zip(row, table.columns, strict=True)] for row in table.rows]
 
 
-def terminal(table: Table) -> rich.table.Table:
-    """Lay a table out for a terminal."""
-    note = table.note or None
+def terminal(table: Table, width: int | None = None) -> rich.table.Table:
+    """Lay a table out for a terminal.
+
+    Args:
+        table: What to show.
+        width: Letters in a line; columns that may be spared are left out until the table fits. None for no bound.
+    """
+    table, spared = _fitting(table, width)
+    note = "\n".join(filter(None, [table.note, f"no room for {', '.join(spared)}" if spared else ""])) or None
     drawn = rich.table.Table(
         title=table.title or None,
         title_justify="left",
@@ -47,10 +54,9 @@ def terminal(table: Table) -> rich.table.Table:
     )
     written = cells(table)
     for x, column in enumerate(table.columns):
-        left = column.form == "text"
         widest = max((len(row[x]) for row in written), default=0)
-        heading = "\n".join(textwrap.wrap(column.name, max(widest, _NARROW), break_long_words=False))
-        drawn.add_column(heading, justify="left" if left else "right", no_wrap=widest <= _WIDE)
+        justify = "left" if column.form == "text" else "right"
+        drawn.add_column("\n".join(_heading(column, widest)), justify=justify, no_wrap=widest <= _WIDE)
     before = None
     for y, row in enumerate(written):
         first, row = row[0], list(row)
@@ -62,6 +68,29 @@ def terminal(table: Table) -> rich.table.Table:
         bold = [("bold" if (y, x) in table.best else "") for x in range(len(row))]
         drawn.add_row(*(Text(word, style) for word, style in zip(row, bold, strict=True)))
     return drawn
+
+
+def _fitting(table: Table, width: int | None) -> tuple[Table, list[str]]:
+    """Leave out what may be spared until a table fits; name what was left out."""
+    written, spared = cells(table), []
+    widths = []
+    for x, column in enumerate(table.columns):
+        widest = max((len(row[x]) for row in written), default=0)
+        widths.append(max(min(widest, _WIDE), *map(len, _heading(column, widest))) + 2)
+    kept = list(range(len(widths)))
+    while width is not None and sum(widths[x] for x in kept) > width:
+        last = max(kept, key=lambda x: table.columns[x].spare)
+        if not table.columns[last].spare:
+            break
+        kept.remove(last)
+        spared.append(table.columns[last].name)
+    rows = [[row[x] for x in kept] for row in table.rows]
+    best = {(y, kept.index(x)) for y, x in table.best if x in kept}
+    return replace(table, columns=[table.columns[x] for x in kept], rows=rows, best=best), spared
+
+
+def _heading(column: Column, widest: int) -> list[str]:
+    return textwrap.wrap(column.name, max(widest, _NARROW), break_long_words=False) or [""]
 
 
 def markdown(table: Table) -> str:

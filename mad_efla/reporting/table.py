@@ -21,10 +21,17 @@ Value = str | int | float | Interval | None
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading, and how its values are written."""
+    """A column.
+
+    Attributes:
+        name: Its heading.
+        form: How its values are written.
+        spare: A terminal that is too narrow leaves out the columns with the largest number first; 0 always stays.
+    """
 
     name: str
     form: Form = "text"
+    spare: int = 0
 
 
 @dataclass(frozen=True)

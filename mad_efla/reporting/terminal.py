@@ -37,7 +37,8 @@ def _plain(*, stderr: bool = False) -> Console:
 
 def show(table: Table) -> None:
     """Print a table on stdout."""
-    stdout().print(renderers.terminal(table), soft_wrap=not sys.stdout.isatty())
+    console = stdout()
+    console.print(renderers.terminal(table, console.width), soft_wrap=not sys.stdout.isatty())
 
 
 def say(sentences: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ def test_the_face_is_what_is_promised():
         "sweep",
         "task",
     ]
-    for name in set(mad.__all__) - {"plot"}:
+    for name in mad.__all__:
         found = getattr(mad, name)
         assert inspect.getdoc(found), f"{name} has no docstring"
 
@@ -137,6 +137,18 @@ def test_runs_show_themselves_as_the_terminal_does(swept):
         assert sentence.split(" [")[0] in " ".join(text.split())
         assert "<table>" in page
     assert "efla(heads=2)" in text
+
+
+def test_figures_are_those_of_the_report(swept):
+    runs = swept
+    for draw in (mad.plot.leaderboard, mad.plot.forest, mad.plot.learning):
+        figure = draw(runs, width=4)
+        assert figure.get_size_inches()[0] == pytest.approx(4, abs=0.5)
+        assert figure.axes
+    found = mad.plot.spectra(runs.best("efla(heads=2)"), examples=2)
+    assert {"eigenvalues", "reach"} <= set(found)
+    with pytest.raises(mad.ConfigError, match="nothing to tell of difficulty"):
+        mad.plot.difficulty(runs)
 
 
 def test_a_wrong_word_is_refused_in_a_sentence(tmp_path, monkeypatch):
