@@ -22,6 +22,21 @@ class Unreadable(NamedTuple):
     reason: str
 
 
+class Known(NamedTuple):
+    """Runs that were read already, and are not looked at again.
+
+    Attributes:
+        runs: Configurations by fingerprint.
+        results: Results by fingerprint; a run of `runs` without one is not done.
+    """
+
+    runs: dict[str, RunConfig]
+    results: dict[str, Result]
+
+
+NOTHING = Known({}, {})
+
+
 class Group(NamedTuple):
     """The runs of one plan under one protocol: what a table may show together.
 
@@ -73,9 +88,9 @@ def load(*places: Path) -> list[Group]:
     return [_group(*key, found[key]) for key in sorted(found)]
 
 
-def of_record(record: SweepRecord, out: Path) -> Group:
-    """Read the runs of one sweep."""
-    return _group(record.plan, record.protocol, [(record, out)])
+def of_record(record: SweepRecord, out: Path, known: Known = NOTHING) -> Group:
+    """Read the runs of one sweep, except those that are known already."""
+    return _group(record.plan, record.protocol, [(record, out)], known)
 
 
 def of_runs(runs: Iterable[RunConfig], results: dict[str, Result], *, choosing: Iterable[RunConfig] = ()) -> Group:
@@ -94,15 +109,15 @@ def of_runs(runs: Iterable[RunConfig], results: dict[str, Result], *, choosing: 
     return Group("", protocol, [], list(once.values()), every, results, {}, [])
 
 
-def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, Path]]) -> Group:
+def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, Path]], known: Known = NOTHING) -> Group:
     group = Group(plan, protocol, [record for record, _ in records], [], {}, {}, {}, [])
     seen: dict[str, int] = {}
     for record, out in records:
-        known = {p.fingerprint: p for p in record.planned}
+        named = {p.fingerprint: p for p in record.planned}
         for fingerprint in record.fingerprints:
             if fingerprint not in group.folders or fingerprint not in group.runs:
-                _read(group, RunFolder(out, fingerprint), known.get(fingerprint))
-            entry = known.get(fingerprint)
+                _read(group, RunFolder(out, fingerprint), named.get(fingerprint), known)
+            entry = named.get(fingerprint)
             if entry is None and fingerprint in group.runs:
                 entry = planned(group.runs[fingerprint])
             if entry is None:
@@ -116,14 +131,15 @@ def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, Path]]) ->
     return group
 
 
-def _read(group: Group, folder: RunFolder, entry: Planned | None) -> None:
+def _read(group: Group, folder: RunFolder, entry: Planned | None, known: Known) -> None:
     """Read one run into a group, or note why it cannot be read; a folder may be gone."""
     group.folders[folder.fingerprint] = folder
-    if not folder.path.exists():
+    run = known.runs.get(folder.fingerprint)
+    if run is None and not folder.path.exists():
         return
     try:
-        run = folder.run()
-        result = folder.result()
+        result = known.results.get(folder.fingerprint) if run else folder.result()
+        run = run or folder.run()
     except ConfigError as error:
         group.unreadable.append(Unreadable(folder.path, str(error)))
         return

@@ -19,7 +19,7 @@ from mad_efla.config import ConfigError
 from mad_efla.plan.run import RunConfig
 from mad_efla.runs.files import now
 from mad_efla.runs.folder import RunFolder
-from mad_efla.runs.read import of_record
+from mad_efla.runs.read import Known, of_record
 from mad_efla.runs.schema import Failure, Result, Status, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps, sweep_figures
 from mad_efla.tracking import models, records, stores
@@ -229,7 +229,8 @@ class Bridge:
         counts = records.counts(statuses)
         if entry.deleted or (counts, status) == (entry.tags.get("mad.counts"), entry.status):
             return
-        found = analysis.cells(of_record(sweep, self.out))
+        self._read_all(sweep.fingerprints)
+        found = analysis.cells(of_record(sweep, self.out, Known(self.runs, self.results)))
         note = records.sweep_note(sweep, statuses, found)
         self.client.set_tag(entry.run_id, "mlflow.note.content", note)
         entry.write("leaderboard.csv", records.leaderboard_csv(found))

@@ -16,16 +16,19 @@ import sys
 import termios
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from mad_efla import tracking
+from mad_efla.analysis.cells import cells
 from mad_efla.config import ConfigError
 from mad_efla.plan.run import RunConfig
 from mad_efla.reporting.figures import artifacts
 from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.read import of_record
 from mad_efla.runs.schema import Result, Row, Scores, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps, sweep_figures, write_sweep
 from mad_efla.tracking import guard, mirror, records, stores
@@ -293,6 +296,22 @@ def test_only_the_runs_asked_for_are_told(uri, client):
     swept(*runs)
     tracking.sync(uri, OUT, fingerprints=[runs[1].fingerprint])
     assert list(shown(client)) == [runs[1].fingerprint]
+
+
+def test_each_folder_is_read_once_however_often_the_leaderboard_is_made(uri, client, monkeypatch):
+    runs = [tiny(seed=seed) for seed in range(4)]
+    folders = [finished(run) if run.seed else begun(run, 10) for run in runs]
+    swept(*runs)
+    bridge, read = Bridge(uri, OUT), Counter()
+    whole = RunFolder.run
+    monkeypatch.setattr(RunFolder, "run", lambda self: read.update([self.fingerprint]) or whole(self))
+    assert bridge.sync(math.inf).problem is None
+    folders[0].finish(result(runs[0], 0.75))
+    assert bridge.sync(math.inf).problem is None
+    assert read == dict.fromkeys((run.fingerprint for run in runs), 1)
+    table = client.load_table(bridge.experiments["recall"], "leaderboard.json")
+    [cell] = cells(of_record(read_sweeps(OUT)[0], OUT))
+    assert (table["accuracy"].tolist(), table["seeds"].tolist()) == ([cell.accuracy.mean], [4]) == ([0.5625], [4])
 
 
 # ------------------------------------------------------------------ again and again
