@@ -126,6 +126,8 @@ def sweep(
     if executor == "local" and workers != 0:
         processes.prepare(runner.device)
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
+    if uri and (problem := tracking.check(uri, out, dict.fromkeys(found.task for found in sweeps))):
+        click.echo(f"warning: {problem}; it is tried again while the runs are made", err=True)
     told = _Told(uri, log_models, figures=not no_figures)
     matches = [match for fit in found for match in fit.matches]
     sys.exit(_sweep(sweeps, matches, out, runner, told, max_hours, retry_failed))
@@ -209,11 +211,9 @@ def _sweep(
     if max_hours is not None:
         deadline = time.monotonic() + 3600 * max_hours
     with contextlib.ExitStack() as stack:
-        mirrors = [
-            stack.enter_context(tracking.Mirror(told.uri, out, record, log_models=told.log_models))
-            for record in records
-            if told.uri is not None
-        ]
+        mirror = None
+        if told.uri is not None:
+            mirror = stack.enter_context(tracking.Mirror(told.uri, out, *records, log_models=told.log_models))
         try:
             if sweeps[0].search:
                 for found, record in zip(sweeps, records, strict=True):
@@ -232,10 +232,10 @@ def _sweep(
             err.print("interrupted: finished runs stay; the same command goes on", markup=False)
         sweeps = [_ended(found, out) for found in sweeps]
         failed = _print_results(sweeps, out)
-        if mirrors and told.figures and not interrupted:
+        if mirror and told.figures and not interrupted:
             draw(records, out)
-    for problem in filter(None, (m.problem for m in mirrors)):
-        err.print(f"warning: {problem}", markup=False, highlight=False, soft_wrap=True)
+    for line in mirror.said() if mirror else ():
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
     _print_next(out, told.uri)
     return 130 if interrupted else 1 if failed else 0
 
