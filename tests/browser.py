@@ -68,7 +68,7 @@ def look(page: Any, url: str, text: str | None = None, seconds: float = 60) -> N
 
 
 @contextlib.contextmanager
-def server(command: list[str], environment: dict[str, str], url: str, seconds: float = 60) -> Iterator[None]:
+def server(command: list[str], environment: dict[str, str], url: str, seconds: float = 240) -> Iterator[None]:
     """Run MLflow's server while inside; it answers at `url` from the beginning."""
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

@@ -24,7 +24,7 @@ install_import_hook(list(_WITH_SHAPES), "beartype.beartype")
 def in_an_empty_folder(tmp_path, monkeypatch):
     """Run every test in a folder of its own, with no store or backend from outside."""
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "MAD_KERNELS_BACKEND"):
+    for name in ("MLFLOW_TRACKING_URI", "MAD_EFLA_EXPERIMENT_PREFIX", "MAD_KERNELS_BACKEND"):
         monkeypatch.delenv(name, raising=False)
 
 

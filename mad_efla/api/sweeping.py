@@ -51,7 +51,7 @@ class Ended(NamedTuple):
     Attributes:
         sweeps: With all runs that they have by now.
         stopped: Why it stopped before its end, in a sentence; empty if it did not.
-        warnings: What went wrong beside the runs, a sentence each.
+        warnings: What the user has to know beside the runs, a line each.
     """
 
     sweeps: list[Sweep]
@@ -110,14 +110,11 @@ def perform(
     deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
     stopped, warnings = "", []
     with contextlib.ExitStack() as stack:
-        mirrors = []
+        mirror = None
         if mirrored.uri is not None:
             from mad_efla import tracking
 
-            mirrors = [
-                stack.enter_context(tracking.Mirror(mirrored.uri, out, r, log_models=mirrored.log_models))
-                for r in records
-            ]
+            mirror = stack.enter_context(tracking.Mirror(mirrored.uri, out, *records, log_models=mirrored.log_models))
         try:
             if sweeps[0].search:
                 for sweep, own in zip(sweeps, records, strict=True):
@@ -134,12 +131,13 @@ def perform(
             stopped = "interrupted: finished runs stay; the same command goes on"
         sweeps = [_end(sweep, out) for sweep in sweeps]
         then(sweeps)
-        if mirrors and mirrored.figures and not stopped:
+        if mirror and mirrored.figures and not stopped:
             try:
-                warnings += drawing.draw(out, records)
+                warnings += [f"warning: {problem}" for problem in drawing.draw(out, records)]
             except KeyboardInterrupt:
                 warnings.append("interrupted: `mad-efla sync --figures` draws the rest")
-    warnings += [m.problem for m in mirrors if m.problem]
+    if mirror:
+        warnings += mirror.said()
     return Ended(sweeps, stopped, warnings)
 
 

@@ -48,6 +48,7 @@ def overhead(sweeps: list[Sweep], device: str, workers: int) -> Split:
     with TemporaryDirectory() as scratch, ExitStack() as stack:
         out, uri = Path(scratch) / "runs", f"sqlite:///{scratch}/mlflow.db"
         processes.prepare(device)
+        records = []
         for found in sweeps:
             record = SweepRecord(
                 id=found.id,
@@ -60,7 +61,8 @@ def overhead(sweeps: list[Sweep], device: str, workers: int) -> Split:
                 fingerprints=tuple(r.fingerprint for r in found.runs),
             )
             write_sweep(out, record)
-            stack.enter_context(tracking.Mirror(uri, out, record))
+            records.append(record)
+        stack.enter_context(tracking.Mirror(uri, out, *records))
         begun, wall, used = time.perf_counter(), time.time(), time.process_time()
         pool.execute(runs, out, device=device, workers=workers)
         seconds = time.perf_counter() - begun

@@ -13,14 +13,26 @@ from mad_efla.cli.shared import draw, log_model_option, options, out_option, say
     out_option,
     tracking_option,
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+    click.option(
+        "--allowed-hosts",
+        metavar="NAMES",
+        default="",
+        help="Further names by which browsers may call the page, with commas between.  [default: this machine's own]",
+    ),
     click.option("--port", type=click.IntRange(1, 65535), help="Port.  [default: 5000, or a free one]"),
 )
 @says_errors
-def ui(out: Path, tracking_uri: str | None, host: str, port: int | None) -> None:
-    """Open MLflow on the runs."""
+def ui(out: Path, tracking_uri: str | None, host: str, allowed_hosts: str, port: int | None) -> None:
+    """Open MLflow on the runs.
+
+    \b
+    mad-efla ui
+    mad-efla ui --host 0.0.0.0 --allowed-hosts lab.example.org
+    """
     from mad_efla import tracking
 
-    tracking.ui(tracking.resolve_uri(tracking_uri), out, host, port, click.echo)
+    names = tuple(name.strip() for name in allowed_hosts.split(",") if name.strip())
+    tracking.ui(tracking.resolve_uri(tracking_uri), out, host, port, click.echo, allowed_hosts=names)
 
 
 @click.command()
@@ -42,6 +54,8 @@ def sync(out: Path, tracking_uri: str | None, log_models: bool, figures: bool) -
     if figures:
         draw(read_sweeps(out), out)
     report = tracking.sync(uri, out, log_models=log_models)
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
     if report.problem:
         click.echo(f"error: {report.problem}", err=True)
         sys.exit(1)

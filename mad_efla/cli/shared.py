@@ -53,8 +53,23 @@ device_option = click.option(
 out_option = click.option(
     "--out", type=click.Path(path_type=Path), default=OUT, show_default=True, help="Folder of run folders."
 )
-tracking_option = click.option(
-    "--tracking-uri", metavar="URI", help="MLflow store; else MLFLOW_TRACKING_URI, else ./mlflow.db."
+
+
+def _use_prefix(context: click.Context, option: click.Parameter, prefix: str | None) -> None:
+    if prefix is not None:
+        os.environ["MAD_EFLA_EXPERIMENT_PREFIX"] = prefix
+
+
+tracking_option = options(
+    click.option("--tracking-uri", metavar="URI", help="MLflow store; else MLFLOW_TRACKING_URI, else ./mlflow.db."),
+    click.option(
+        "--experiment-prefix",
+        metavar="TEXT",
+        callback=_use_prefix,
+        expose_value=False,
+        help="Begins the names of MLflow experiments, as /Users/me@example.org/ on Databricks; "
+        "else MAD_EFLA_EXPERIMENT_PREFIX, else nothing.",
+    ),
 )
 log_model_option = click.option(
     "--log-model",

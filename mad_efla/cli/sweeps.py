@@ -131,6 +131,8 @@ def sweep(
     if executor == "local" and workers != 0:
         processes.prepare(runner.device)
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
+    if uri and (problem := tracking.check(uri, out, dict.fromkeys(found.task for found in sweeps))):
+        click.echo(f"warning: {problem}; it is tried again while the runs are made", err=True)
     mirrored = Mirrored(uri, log_models, figures=not no_figures)
     matches = [match for fit in found for match in fit.matches]
     sys.exit(_sweep(sweeps, matches, out, runner, mirrored, known, max_hours, retry_failed))
@@ -246,7 +248,7 @@ def _sweep(
     if ended.stopped:
         err.print(ended.stopped, markup=False)
     for warning in ended.warnings:
-        err.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+        err.print(warning, markup=False, highlight=False, soft_wrap=True)
     _print_next(out, mirrored.uri)
     return 130 if ended.stopped else 1 if any(failed) else 0
 

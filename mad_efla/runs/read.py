@@ -23,6 +23,21 @@ class Unreadable(NamedTuple):
     reason: str
 
 
+class Known(NamedTuple):
+    """Runs that were read already, and are not looked at again.
+
+    Attributes:
+        runs: Configurations by fingerprint.
+        results: Results by fingerprint; a run of `runs` without one is not done.
+    """
+
+    runs: dict[str, RunConfig]
+    results: dict[str, Result]
+
+
+NOTHING = Known({}, {})
+
+
 class Group(NamedTuple):
     """The runs of one plan under one protocol: what a table may show together.
 
@@ -74,9 +89,9 @@ def load(*places: Path) -> list[Group]:
     return [_group(*key, found[key]) for key in sorted(found)]
 
 
-def of_record(record: SweepRecord, out: Path) -> Group:
-    """Read the runs of one sweep."""
-    return _group(record.plan, record.protocol, [(record, out)])
+def of_record(record: SweepRecord, out: Path, known: Known = NOTHING) -> Group:
+    """Read the runs of one sweep, except those that are known already."""
+    return _group(record.plan, record.protocol, [(record, out)], known)
 
 
 def of_runs(runs: Iterable[RunConfig], results: dict[str, Result], *, choosing: Iterable[RunConfig] = ()) -> Group:
@@ -119,15 +134,15 @@ def _lies(source: _Source, fingerprint: str) -> RunFolder | ArchivedRun:
     return RunFolder(source, fingerprint)
 
 
-def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, _Source]]) -> Group:
+def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, _Source]], known: Known = NOTHING) -> Group:
     group = Group(plan, protocol, [record for record, _ in records], [], {}, {}, {}, [])
     seen: dict[str, int] = {}
     for record, source in records:
-        known = {p.fingerprint: p for p in record.planned}
+        named = {p.fingerprint: p for p in record.planned}
         for fingerprint in record.fingerprints:
-            if fingerprint not in group.folders or fingerprint not in group.runs:
-                _read(group, _lies(source, fingerprint), known.get(fingerprint))
-            entry = known.get(fingerprint)
+            if fingerprint not in group.results:  # where it lies in several places, one that has its result
+                _read(group, _lies(source, fingerprint), named.get(fingerprint), known)
+            entry = named.get(fingerprint)
             if entry is None and fingerprint in group.runs:
                 entry = planned(group.runs[fingerprint])
             if entry is None:
@@ -141,14 +156,21 @@ def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, _Source]])
     return group
 
 
-def _read(group: Group, folder: RunFolder | ArchivedRun, entry: Planned | None) -> None:
+def _read(group: Group, folder: RunFolder | ArchivedRun, entry: Planned | None, known: Known) -> None:
     """Read one run into a group, or note why it cannot be read; a folder may be gone."""
+    if (
+        folder.fingerprint in group.runs
+        and folder.result() is None
+        or any(u.path == folder.path for u in group.unreadable)
+    ):
+        return
     group.folders[folder.fingerprint] = folder
-    if not folder.path.exists():
+    run = known.runs.get(folder.fingerprint)
+    if run is None and not folder.path.exists():
         return
     try:
-        run = folder.run()
-        result = folder.result()
+        result = known.results.get(folder.fingerprint) if run else folder.result()
+        run = run or folder.run()
     except ConfigError as error:
         group.unreadable.append(Unreadable(folder.path, str(error)))
         return

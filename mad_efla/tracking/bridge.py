@@ -5,11 +5,13 @@ read again. The compare page opens on the metric that was logged first: that is 
 which the first points of a run wait a little.
 """
 
+import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +21,18 @@ from mad_efla.config import ConfigError
 from mad_efla.plan.run import RunConfig
 from mad_efla.runs.files import now
 from mad_efla.runs.folder import RunFolder
-from mad_efla.runs.read import of_record
+from mad_efla.runs.read import Known, of_record
 from mad_efla.runs.schema import Failure, Result, Status, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps, sweep_figures
-from mad_efla.tracking import models, records, stores
-from mad_efla.tracking.entry import BATCH, Entry
+from mad_efla.tracking import locks, models, records, stores
+from mad_efla.tracking.entry import BATCH, Deleted, Entry, fresh_figures
+from mad_efla.tracking.problems import explain, in_time, is_refusal, meaning, reason, within
+from mad_efla.tracking.uploads import Uploads
 
 _PATIENCE = 50  # logged steps held back at most, until there is a first accuracy to log
+_FAILURES = ("Failed: ", "Interrupted: ", "Pruned: ")  # how the notes on attempts begin
+_TRACEBACK = "mad.traceback"  # a tag while the traceback of an earlier attempt is still there
+_CHECK_SECONDS = 10.0
 _ALL_RUNS = 3  # MLflow's ViewType: deleted ones too
 
 
@@ -35,7 +42,7 @@ class SyncReport(NamedTuple):
     Attributes:
         runs: Runs that MLflow now shows as their folders are.
         problem: One sentence on why MLflow is not up to date; None if it is.
-        notes: Run folders that could not be read, and why.
+        notes: Run folders that could not be read, and what MLflow does not take of others, with the reason.
         experiments: Experiment ids by task, the one with the newest sweep last.
     """
 
@@ -69,6 +76,34 @@ def sync(
     return Bridge(uri, out, log_models).sync(deadline, wanted=wanted)
 
 
+def check(uri: str, out: Path, tasks: Iterable[str]) -> str | None:
+    """Make sure, before training, that a store on another machine will take the runs.
+
+    Args:
+        uri: The store, as `resolve_uri` returns it.
+        out: The folder of run folders.
+        tasks: Names of the tasks, each an experiment.
+
+    Returns:
+        A sentence on what is wrong and may pass; None if nothing is.
+
+    Raises:
+        ConfigError: What is wrong does not pass by waiting: credentials, rights, address, names.
+    """
+    if stores.sqlite_path(uri):
+        return None
+    import mlflow  # noqa: F401  # which takes its time, and is not the store's
+
+    try:
+        within(_CHECK_SECONDS, lambda: Bridge(uri, out).check(tasks))
+    except Exception as error:
+        found = meaning(error, uri)
+        if found.passing:
+            return found.sentence
+        raise ConfigError(f"{found.sentence}; --no-tracking trains without MLflow") from None
+    return None
+
+
 @dataclass
 class Bridge:
     """One store and one folder of runs, and what this process knows about both.
@@ -79,10 +114,17 @@ class Bridge:
         log_models: Whether models are logged, too.
         client: MLflow's client, once there is one.
         experiments: Experiment ids by task.
-        entries: Runs in MLflow, by fingerprint or sweep id.
+        experiments_known: Tasks whose runs in MLflow were looked at.
+        entries: Our runs in MLflow, by fingerprint or sweep id.
+        unowned: Runs there that tell no owner, likewise.
+        owner: The word of the folder of runs, by which ours are known.
         runs: Configurations read, by fingerprint.
         results: Results read, by fingerprint.
-        notes: What this synchronisation could not read, and why.
+        uploads: Files that wait until the numbers are told.
+        refused: What MLflow does not take of runs, by sentence.
+        rejected: Runs that this synchronisation could not tell MLflow of, by its reason.
+        problems: What went wrong in this synchronisation.
+        notes: What could not be read, and why.
         deadline: Until when this synchronisation may begin another call, by the monotonic clock.
     """
 
@@ -91,28 +133,55 @@ class Bridge:
     log_models: bool = False
     client: Any = None
     experiments: dict[str, str] = field(default_factory=dict)
+    experiments_known: set[str] = field(default_factory=set)
     entries: dict[str, Entry] = field(default_factory=dict)
+    unowned: dict[str, Entry] = field(default_factory=dict)
+    owner: str = ""
     runs: dict[str, RunConfig] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
+    uploads: Uploads = field(default_factory=Uploads)
+    refused: dict[str, list[str]] = field(default_factory=dict)
+    rejected: dict[str, list[str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     deadline: float = math.inf
 
-    def sync(self, deadline: float, *, only: str | None = None, wanted: set[str] | None = None) -> SyncReport:
-        """Mirror all sweeps, or only that of id `only`; of them all cells, or those wanted."""
-        self.deadline, self.notes = deadline, []
-        count, problem = 0, None
-        sweeps = [r for r in read_sweeps(self.out) if only in (None, r.id)]
+    def sync(self, deadline: float, *, only: set[str] | None = None, wanted: set[str] | None = None) -> SyncReport:
+        """Mirror all sweeps, or only those of the ids `only`; of them all cells, or those wanted."""
+        self.deadline, self.problems, self.rejected = deadline, [], {}
+        self.uploads.waiting.clear()
+        count = 0
         try:
-            with stores.mlflow_settings(), stores.exclusive(self.uri, self.out, deadline):
+            with stores.mlflow_settings(), locks.exclusive(self.uri, self.out, deadline):
                 self._open()
-                for task, sweep, cells in self._work(sweeps, loose=only is None):
+                self.owner = self.owner or locks.owner(self.out)
+                for task, sweep, cells in self._work(only):
                     if wanted is not None:
                         cells = [f for f in cells if f in wanted]
-                    self._experiment(task)
                     count += self._sweep(task, sweep, cells)
+                self.uploads.send(deadline)
         except Exception as error:  # whatever MLflow does, a sweep goes on
-            problem = stores.explain(error, self.uri, self.out)
-        return SyncReport(count, problem, tuple(dict.fromkeys(self.notes)), self.experiments)
+            self.experiments_known.clear()
+            self.problems.append(meaning(error, self.uri).sentence)
+        return self._report(count)
+
+    def _report(self, count: int) -> SyncReport:
+        rejected = [f"{_some(runs)}: refused by MLflow ({why})" for why, runs in self.rejected.items()]
+        problems = [*dict.fromkeys(self.problems), *rejected, *filter(None, [self.uploads.problem])]
+        problem = explain("; ".join(problems), self.out) if problems else None
+        refused = [f"{_some(runs)}: {sentence}" for sentence, runs in self.refused.items()]
+        return SyncReport(count, problem, tuple(dict.fromkeys([*self.notes, *refused])), self.experiments)
+
+    def check(self, tasks: Iterable[str]) -> None:
+        """Find or make the experiments of some tasks.
+
+        Raises:
+            Exception: Whatever is in the way.
+        """
+        with stores.mlflow_settings():
+            self._open()
+            for task in tasks:
+                self._identify(task)
 
     def _open(self) -> None:
         if self.client is None:
@@ -123,11 +192,22 @@ class Bridge:
 
             self.client = MlflowClient(tracking_uri=self.uri)
 
-    def _work(self, sweeps: list[SweepRecord], *, loose: bool) -> Iterator[tuple[str, SweepRecord | None, list[str]]]:
-        """Yield task, sweep and cells; `loose` runs, that no sweep names, come last, by task."""
+    def _work(self, only: set[str] | None) -> Iterator[tuple[str, SweepRecord | None, list[str]]]:
+        """Yield task, sweep and cells; runs that no sweep names come last, by task.
+
+        Where only some sweeps are wanted, those come, too, that MLflow shows as running and no process is at:
+        their driver was killed.
+        """
+        sweeps = read_sweeps(self.out)
         for sweep in sweeps:
-            yield sweep.task, sweep, list(sweep.fingerprints)
-        if not loose:
+            if only is None or sweep.id in only:
+                yield sweep.task, sweep, list(sweep.fingerprints)
+        if only is not None:
+            for sweep in sweeps:
+                entry = self.entries.get(sweep.id)
+                running = entry and entry.status == "RUNNING" and not entry.deleted
+                if sweep.id not in only and running and not locks.is_live(self.out, sweep.id):
+                    yield sweep.task, sweep, list(sweep.fingerprints)
             return
         named = {f for sweep in sweeps for f in sweep.fingerprints}
         others: dict[str, list[str]] = {}
@@ -151,30 +231,56 @@ class Bridge:
         return [run for f in fingerprints if (run := self._read(f))]
 
     def _experiment(self, task: str) -> None:
-        """Find or make a task's experiment, and learn which runs it has."""
-        if task in self.experiments:
+        """Find or make a task's experiment, and learn which of its runs are ours."""
+        if task in self.experiments_known:
             self.experiments[task] = self.experiments.pop(task)  # the newest sweep's is last
             return
-        found = self.client.get_experiment_by_name(task)
+        identity = self._identify(task)
+        for entry in self._search(identity):
+            key = entry.tags.get("mad.fingerprint") or entry.tags.get("mad.sweep")
+            owner = entry.tags.get("mad.owner")
+            known = self.entries if owner == self.owner else self.unowned if owner is None else None
+            if key and known is not None and (key not in known or known[key].deleted):
+                known[key] = entry
+        self.experiments_known.add(task)
+
+    def _identify(self, task: str) -> str:
+        """Find or make a task's experiment."""
+        name = stores.experiment_name(task)
+        found = self.client.get_experiment_by_name(name)
         if found is None:
-            local = None if stores.is_server(self.uri) else str(stores.artifacts(self.uri) / task)
-            tags = {
-                "mlflow.note.content": records.EXPERIMENT_NOTE.format(task=task),
-                "mlflow.experimentKind": "custom_model_development",
-            }
-            identity = self.client.create_experiment(task, artifact_location=local, tags=tags)
+            identity = self._create_experiment(task, name)
         elif found.lifecycle_stage == "deleted":
             raise stores.Problem(
-                f"MLflow experiment {task!r} is deleted; `mlflow experiments restore "
+                f"MLflow experiment {name!r} is deleted; `mlflow experiments restore "
                 f"--experiment-id {found.experiment_id}` brings it back"
             )
         else:
             identity = found.experiment_id
-        for entry in self._search(identity):
-            key = entry.tags.get("mad.fingerprint") or entry.tags.get("mad.sweep")
-            if key and (key not in self.entries or self.entries[key].deleted):
-                self.entries[key] = entry
+        self.experiments.pop(task, None)
         self.experiments[task] = identity
+        return identity
+
+    def _create_experiment(self, task: str, name: str) -> str:
+        hosted = stores.is_server(self.uri) or self.uri.startswith("databricks")
+        local = None if hosted else str(stores.artifacts(self.uri) / task)
+        tags = {
+            records.NOTE: records.EXPERIMENT_NOTE.format(task=task),
+            "mlflow.experimentKind": "custom_model_development",
+        }
+        try:
+            return self.client.create_experiment(name, artifact_location=local, tags=tags)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            found = self.client.get_experiment_by_name(name)
+            if found:  # another process was first
+                return found.experiment_id
+            raise stores.Problem(
+                f"MLflow at {stores.without_password(self.uri)} refuses the experiment name {name!r} "
+                f"({reason(error)}); --experiment-prefix begins names as it wants them, for example "
+                "--experiment-prefix /Users/me@example.org/"
+            ) from None
 
     def _search(self, experiment_id: str, where: str = "") -> list[Entry]:
         found, token = [], ""
@@ -187,28 +293,66 @@ class Bridge:
         return found
 
     def _create(self, task: str, key: str, name: str, started: int, tags: dict[str, str]) -> None:
-        run = self.client.create_run(self.experiments[task], started, tags, name)
+        run = self.client.create_run(self.experiments[task], started, records.fit(tags), name)
         self.entries[key] = Entry.of(self.client, run)
+
+    def _adopt(self, key: str, begun: int, ended: int) -> None:
+        """Take over a run of ours from before runs had owners: one that began while our folder's did."""
+        entry = self.unowned.get(key)
+        if key not in self.entries and entry and begun <= entry.started <= ended:
+            self.entries[key] = self.unowned.pop(key)
+            entry.tag({"mad.owner": self.owner})
 
     def _sweep(self, task: str, sweep: SweepRecord | None, cells: list[str]) -> int:
         """Mirror a sweep and its cells; return how many are as their folders are."""
+        try:
+            self._experiment(task)
+        except stores.Problem as problem:  # of this experiment; others may be well
+            self.problems.append(str(problem))
+            return 0
+        if sweep:
+            self._adopt(sweep.id, sweep.started, sweep.started)
         if sweep and sweep.id not in self.entries:
-            tags = records.sweep_tags(sweep)
-            self._create(task, sweep.id, sweep.plan, sweep.started, tags)
+            tags = records.sweep_tags(sweep, self.owner)
+            self._create(task, sweep.id, records.cut(sweep.plan, records.TITLE), sweep.started, tags)
         names: dict[str, str] = {}
         count, statuses = 0, Counter()
         for fingerprint in cells:
-            stores.in_time(self.deadline)
+            in_time(self.deadline)
             folder = RunFolder(self.out, fingerprint)
             status = self._status(folder)
             statuses[status] += 1
             if not names and self._unfinished(fingerprint):
                 names = records.names(self._read_all(cells))
-            count += self._cell(folder, status, names.get(fingerprint, ""), sweep)
+            count += self._told(fingerprint, partial(self._cell, folder, status, names.get(fingerprint, ""), sweep))
             self.notes += folder.notes
         if sweep and set(cells) == set(sweep.fingerprints):
-            self._summarise(sweep, statuses)
+            self._told(sweep.id, partial(self._summarise, sweep, statuses))
         return count
+
+    def _told(self, key: str, tell: Callable[[], bool]) -> bool:
+        """Tell MLflow of one run; what goes wrong with this one leaves the others be."""
+        told = False
+        try:
+            told = tell()
+        except Deleted:
+            self.entries[key].deleted = True
+            self.experiments_known.clear()  # its experiment may be deleted, too
+        except OSError as error:
+            if error.filename is None or not Path(error.filename).absolute().is_relative_to(self.out.absolute()):
+                raise
+            self.notes.append(f"{error.filename}: cannot be read ({error.strerror}); its run is left out")
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            self.experiments_known.clear()
+            entry = self.entries.get(key)
+            self.rejected.setdefault(reason(error, entry.run_id if entry else ""), []).append(key)
+        if entry := self.entries.get(key):
+            for sentence in entry.refused:
+                self.refused.setdefault(sentence, []).append(key)
+            entry.refused.clear()
+        return told
 
     def _unfinished(self, key: str) -> bool:
         return key not in self.entries or self.entries[key].status != "FINISHED"
@@ -221,37 +365,38 @@ class Bridge:
             self.results[folder.fingerprint] = result
         return self.results[folder.fingerprint].status
 
-    def _summarise(self, sweep: SweepRecord, statuses: Counter[Status]) -> None:
+    def _summarise(self, sweep: SweepRecord, statuses: Counter[Status]) -> bool:
         """Write a sweep's leaderboard, counts and status, if they have changed."""
         entry = self.entries[sweep.id]
-        entry.attach(sweep_figures(self.out, sweep.id))
-        status = records.sweep_status(statuses, live=stores.is_live(self.out, sweep.id))
+        self._figures(entry, sweep_figures(self.out, sweep.id))
+        status = records.sweep_status(statuses, live=locks.is_live(self.out, sweep.id))
         counts = records.counts(statuses)
-        if entry.deleted or (counts, status) == (entry.tags.get("mad.counts"), entry.status):
-            return
-        found = analysis.cells(of_record(sweep, self.out))
-        note = records.sweep_note(sweep, statuses, found)
-        self.client.set_tag(entry.run_id, "mlflow.note.content", note)
-        entry.write("leaderboard.csv", records.leaderboard_csv(found))
-        entry.write("leaderboard.json", records.leaderboard_json(found))
-        if probed := corruption.arms(found):
-            entry.write("corruption.json", records.corruption_json(probed))
-        if status != "RUNNING":
+        told = (counts, status) == (entry.tags.get("mad.counts"), entry.status)
+        if entry.deleted or (told and entry.tags.get(records.ARTIFACTS) != records.MISSING):
+            return True
+        self._read_all(sweep.fingerprints)
+        found = analysis.cells(of_record(sweep, self.out, Known(self.runs, self.results)))
+        if status != "RUNNING" and not told:
             entry.log(records.sweep_points(statuses, now()), self.deadline)
-        entry.tag({"mad.counts": counts} | records.TABLE_TAG)
-        entry.stand(status, sweep.ended or now())
+        note = {records.NOTE: records.sweep_note(sweep, statuses, found)}
+        entry.tag({"mad.counts": counts, records.ARTIFACTS: records.MISSING} | records.TABLE_TAG | note)
+        entry.set_status(status, sweep.ended or now())
+        self.uploads.add(entry, lambda: _tables(entry, found), completes=True)
+        return True
 
     def _cell(self, folder: RunFolder, status: Status, name: str, sweep: SweepRecord | None) -> bool:
         """Mirror one run; return whether MLflow shows it as its folder is."""
         key = folder.fingerprint
+        if key in self.unowned and key not in self.entries:
+            self._adopt(key, *_span(folder, self.results.get(key)))
         entry = self.entries.get(key)
         if status == "waiting":
             if entry and entry.status == "RUNNING":
-                entry.stand("KILLED", now())
+                entry.set_status("KILLED", now())
             return False
         if entry and entry.deleted:
             return False  # by the user, in MLflow; it stays so
-        if entry is None or entry.status != "FINISHED":
+        if entry is None or not _complete(entry):
             run = self._read(key)
             if run is None:
                 return False
@@ -262,25 +407,33 @@ class Bridge:
                 self._numbers(entry, folder, status)
                 self._ending(entry, run, status, failure)
                 entry.seen = look
+            if entry.tags.get(records.ARTIFACTS) != records.COMPLETE:
+                self.uploads.add(entry, partial(_files, entry, run, failure), completes=True)
         if status == "finished":
-            entry.attach(folder.figures)
-            if self.log_models and (run := self._read(key)):
-                models.log(entry, self.experiments[run.task.name], run, folder)
+            self._figures(entry, folder.figures)
+            if self.log_models and "mad.model" not in entry.tags and (run := self._read(key)):
+                self.uploads.add(entry, partial(models.log, entry, self.experiments[run.task.name], run, folder))
         if sweep and f"mad.sweep.{sweep.id}" not in entry.tags:  # its parent is the first only
             entry.tag({f"mad.sweep.{sweep.id}": sweep.plan})
         return True
+
+    def _figures(self, entry: Entry, folder: Path) -> None:
+        files, look = fresh_figures(entry, folder)
+        if files:
+            self.uploads.add(entry, partial(entry.attach, files, look))
 
     def _child(self, run: RunConfig, folder: RunFolder, name: str, sweep: SweepRecord | None) -> Entry:
         """Find or make a run's run, with its configuration, and learn what it has been told."""
         key, task = run.fingerprint, run.task.name
         if key not in self.entries:  # another process may have made it since
-            for found in self._search(self.experiments[task], f"tags.`mad.fingerprint` = '{key}'"):
+            where = f"tags.`mad.fingerprint` = '{key}' AND tags.`mad.owner` = '{self.owner}'"
+            for found in self._search(self.experiments[task], where):
                 self.entries[key] = found
         if key not in self.entries:
             rows, _ = folder.rows()
             result = self.results.get(key)
             started = result.started if result else rows[0].time if rows else now()
-            tags = records.cell_tags(run)
+            tags = records.cell_tags(run, self.owner)
             if sweep and not self.entries[sweep.id].deleted:
                 tags["mlflow.parentRunId"] = self.entries[sweep.id].run_id
             self._create(task, key, name or records.names([run])[key], started, tags)
@@ -293,7 +446,12 @@ class Bridge:
     def _numbers(self, entry: Entry, folder: RunFolder, status: Status) -> None:
         """Send the result's numbers and the curves, an accuracy first."""
         rows, _ = folder.rows()
-        points = records.points(rows, self.results.get(folder.fingerprint))
+        result = self.results.get(folder.fingerprint)
+        try:
+            points = records.points(rows, result)
+        except (AttributeError, TypeError, ValueError) as error:
+            self.notes.append(f"{folder.path / 'metrics.jsonl'}: has lines that are no metrics ({error}); left out")
+            points = records.points([], result)
         first = [p for p in points if p.name in records.ACCURACIES]
         if status == "running" and not entry.steps and not first and len(rows) < _PATIENCE:
             return
@@ -301,19 +459,62 @@ class Bridge:
         entry.log(points, self.deadline)
 
     def _ending(self, entry: Entry, run: RunConfig, status: Status, failure: Failure | None) -> None:
-        """Say how a run stands; the status comes last, since it says that all is there."""
+        """Write a run's status and result; MLflow's own status comes last, since it says that all numbers are there."""
         tags = {"mad.status": status}
         result = self.results.get(run.fingerprint)
         if result:
             entry.trained_on(run, result.data_digest)
             tags |= records.result_tags(result)
-        elif failure:
-            tags["mlflow.note.content"] = f"{failure.kind.capitalize()}: {failure.reason}"
+        if not failure and _is_outdated(entry):
+            entry.untag(records.NOTE)
+            tags |= {records.ARTIFACTS: records.MISSING, _TRACEBACK: "outdated"}
+        if failure:
+            tags[records.NOTE] = f"{failure.kind.capitalize()}: {failure.reason}"
             if failure.traceback:
-                entry.write("traceback.txt", failure.traceback)
+                tags[records.ARTIFACTS] = records.MISSING
         entry.tag(tags)
         ended = result.ended if result else failure.time if failure else now()
-        entry.stand(records.MLFLOW_STATUS[status], ended)
+        entry.set_status(records.MLFLOW_STATUS[status], ended)
+
+
+def _complete(entry: Entry) -> bool:
+    """Say whether MLflow has all of a run; what earlier versions made had its files before its status."""
+    whole = entry.tags.get(records.ARTIFACTS, records.COMPLETE) == records.COMPLETE
+    return entry.status == "FINISHED" and whole and not _is_outdated(entry)
+
+
+def _is_outdated(entry: Entry) -> bool:
+    """Say whether a run is said to have failed, of an earlier attempt."""
+    return entry.tags.get(records.NOTE, "").startswith(_FAILURES)
+
+
+def _files(entry: Entry, run: RunConfig, failure: Failure | None) -> None:
+    """Write a run's files, and take away those that no longer hold."""
+    entry.write("config.json", json.dumps(run.model_dump(mode="json"), indent=1))
+    if failure and failure.traceback:
+        entry.write("traceback.txt", failure.traceback)
+    elif _TRACEBACK in entry.tags:
+        entry.withdraw("traceback.txt")
+    entry.untag(_TRACEBACK)
+
+
+def _tables(entry: Entry, found: list[analysis.Cell]) -> None:
+    """Write a sweep's tables."""
+    entry.write("leaderboard.csv", records.leaderboard_csv(found))
+    entry.write("leaderboard.json", records.leaderboard_json(found))
+    if probed := corruption.arms(found):
+        entry.write("corruption.json", records.corruption_json(probed))
+
+
+def _span(folder: RunFolder, result: Result | None) -> tuple[int, int]:
+    """Return when a run was made, in milliseconds since the epoch; nothing where it has not begun."""
+    times = [row.time for row in folder.rows()[0]] + ([result.started, result.ended] if result else [])
+    return (min(times), max(times)) if times else (0, -1)
+
+
+def _some(runs: list[str]) -> str:
+    more = f" and {len(set(runs)) - 1} more" if len(set(runs)) > 1 else ""
+    return f"run {runs[0]}{more}"
 
 
 def _size(folder: RunFolder) -> int:

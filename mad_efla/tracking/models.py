@@ -33,9 +33,13 @@ def log(entry: Entry, experiment_id: str, run: RunConfig, folder: RunFolder) -> 
         params={"mixer": run.mixer, "setting": run.setting, "seed": str(run.seed)},
         model_type=run.task.backbone,
     )
-    with tempfile.TemporaryDirectory() as folder_name:
-        _save(built.eval(), f"{folder_name}/model", run)
-        client.log_model_artifacts(logged.model_id, f"{folder_name}/model")
+    try:
+        with tempfile.TemporaryDirectory() as folder_name:
+            _save(built.eval(), f"{folder_name}/model", run)
+            client.log_model_artifacts(logged.model_id, f"{folder_name}/model")
+    except Exception:
+        client.delete_logged_model(logged.model_id)  # it is logged again, whole
+        raise
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(entry.run_id, [LoggedModelOutput(logged.model_id, 0)])
     entry.tag({"mad.model": logged.model_id})

@@ -14,13 +14,16 @@ import getpass
 import io
 import json
 import math
+import posixpath
 import re
+import socket
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from mad_efla.analysis import corruption
 from mad_efla.analysis.cells import Cell
+from mad_efla.config import digest
 from mad_efla.plan.run import RunConfig
 from mad_efla.runs.schema import Result, Row, Status, SweepRecord
 from mad_efla.tasks._corruptions import NEUTRAL
@@ -35,6 +38,8 @@ MLFLOW_STATUS: dict[Status, str] = {
     "interrupted": "KILLED",
     "pruned": "KILLED",
 }
+ARTIFACTS, MISSING, COMPLETE = "mad.artifacts", "missing", "complete"  # the tag on its files, and its values
+NOTE = "mlflow.note.content"
 _SCORES = ("token_accuracy", "macro_accuracy", "sequence_accuracy", "loss")
 _NUMBERS = ("steps_to_90", "steps", "seconds", "parameters", "state_size")
 
@@ -48,6 +53,36 @@ class Point(NamedTuple):
     step: int
 
 
+NAME, VALUE, TAG, TITLE = 250, 6_000, 8_000, 250  # characters that MLflow takes: names, parameters, tags, runs' names
+
+
+def name(text: str) -> str:
+    """Return a name that MLflow takes for a parameter, metric or tag: as it is, if it can be.
+
+    A character that is refused becomes its code point, `@` for example `_u40_`, so that the name can be
+    read back and no two names become one. Only where it is too long a digest stands for its end.
+    """
+    found = re.sub(r"[^\w./: -]|_(?=u[0-9a-f]+_)", _code_point, text) or "_u0_"
+    plain = posixpath.normpath(found)
+    if plain != found or plain == "." or plain.startswith(("..", "/")):  # as a path it would be another one
+        found = re.sub(r"[./]", _code_point, found)
+    return found if len(found) <= NAME else f"{found[: NAME - 17]}_{digest(text)}"
+
+
+def _code_point(found: re.Match[str]) -> str:
+    return f"_u{ord(found[0]):x}_"
+
+
+def cut(text: str, length: int) -> str:
+    """Cut a text that is too long, and show that it was cut; the run folder has it whole."""
+    return text if len(text) <= length else f"{text[: length - 2]} …"
+
+
+def fit(tags: dict[str, str]) -> dict[str, str]:
+    """Return tags as MLflow takes them."""
+    return {name(key): cut(text, TAG) for key, text in tags.items()}
+
+
 def parameters(run: RunConfig) -> dict[str, str]:
     """Return every field of a run by a name that MLflow takes: `optim.lr`, `token_mixer.heads`."""
     flat: dict[str, Any] = {"mixer": run.mixer, "setting": run.setting, "seed": run.seed}
@@ -59,21 +94,21 @@ def parameters(run: RunConfig) -> dict[str, str]:
     for index, mixer in enumerate(run.mixers[:1] if alike else run.mixers):
         for key, value in mixer.model_dump().items():
             flat[f"token_mixer.{key}" if alike else f"token_mixer.{index}.{key}"] = value
-    return {re.sub(r"[^\w./: -]", "_", key): str(value) for key, value in flat.items()}
+    return {name(key): cut(str(value), VALUE) for key, value in flat.items()}
 
 
 def summary(result: Result) -> dict[str, float]:
     """Return a result's numbers, the primary score first; a run that diverged has no scores."""
     found: dict[str, float | None] = {}
     if result.test:
-        found = {f"test/{name}": getattr(result.test, name, None) for name in _SCORES}
+        found = {f"test/{score}": getattr(result.test, score, None) for score in _SCORES}
     if result.validation:
-        found |= {f"val_chosen/{name}": getattr(result.validation, name, None) for name in _SCORES}
-    for name in _NUMBERS:
-        found[f"total/{name}"] = getattr(result, name)
-    for name, curve in corruption.curves(result).items():
-        found[f"test_area/{name}"] = corruption.area(*curve)
-        found[f"test_half/{name}"] = corruption.half(*curve, NEUTRAL.get(name, 0.0))
+        found |= {f"val_chosen/{score}": getattr(result.validation, score, None) for score in _SCORES}
+    for number in _NUMBERS:
+        found[f"total/{number}"] = getattr(result, number)
+    for probe, curve in corruption.curves(result).items():
+        found[f"test_area/{probe}"] = corruption.area(*curve)
+        found[f"test_half/{probe}"] = corruption.half(*curve, NEUTRAL.get(probe, 0.0))
     found["total/diverged"] = float(result.status == "diverged")
     return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
 
@@ -81,19 +116,28 @@ def summary(result: Result) -> dict[str, float]:
 def points(rows: Iterable[Row], result: Result | None) -> list[Point]:
     """Return every value there is of a run: its result's numbers, then its curves.
 
-    Those under corruption have a hundredth of the severity for a step.
+    Those under corruption have a hundredth of the severity for a step. Of a step that was logged twice
+    the later values count.
     """
     found = []
     if result:
-        found = [Point(k, v, result.ended, 0) for k, v in summary(result).items()]
+        found = [Point(name(k), v, result.ended, 0) for k, v in summary(result).items()]
         for probe in result.probes:
             step = round(100 * probe.severity)
-            found.append(Point(f"test_under/{probe.name}", probe.accuracy, result.ended, step))
-    return found + [Point(k, v, row.time, row.step) for row in rows for k, v in row.metrics.items()]
+            found.append(Point(name(f"test_under/{probe.name}"), probe.accuracy, result.ended, step))
+    curves = {
+        (k, row.step): Point(name(k), float(v), row.time, row.step) for row in rows for k, v in row.metrics.items()
+    }
+    return found + list(curves.values())
 
 
-def cell_tags(run: RunConfig) -> dict[str, str]:
-    """Return what a run is found by, and by whom and what it was made."""
+def cell_tags(run: RunConfig, owner: str) -> dict[str, str]:
+    """Return what a run is found by, and by whom and what it was made.
+
+    Args:
+        run: Which run.
+        owner: The word of the folder of runs it was made in.
+    """
     tags = {
         "mad.role": "cell",
         "mad.fingerprint": run.fingerprint,
@@ -105,21 +149,21 @@ def cell_tags(run: RunConfig) -> dict[str, str]:
         "mad.task_version": str(run.task_version),
         "mad.numbers": str(run.numbers),
     }
-    return tags | _source()
+    return tags | _source(owner)
 
 
 def result_tags(result: Result) -> dict[str, str]:
     """Return how a run ended, and in which surroundings."""
-    tags = {f"mad.env.{name}": value for name, value in result.environment.items()}
+    tags = {f"mad.env.{what}": value for what, value in result.environment.items()}
     commit = result.environment.get("git_commit", "").removesuffix("+")
     if re.fullmatch(r"[0-9a-f]{40}", commit):
         tags["mlflow.source.git.commit"] = commit
     tags["mad.data_digest"] = result.data_digest
-    for name in ("stopped", "chosen_step"):
-        if getattr(result, name) is not None:
-            tags[f"mad.{name}"] = str(getattr(result, name))
+    for what in ("stopped", "chosen_step"):
+        if getattr(result, what) is not None:
+            tags[f"mad.{what}"] = str(getattr(result, what))
     if result.status == "diverged":
-        tags["mlflow.note.content"] = f"Diverged: {result.stopped}."
+        tags[NOTE] = f"Diverged: {result.stopped}."
     return tags
 
 
@@ -139,12 +183,16 @@ def names(runs: list[RunConfig]) -> dict[str, str]:
         ]
         for run in group:
             point = [f"{k.split('.')[-1]}={flat[run.fingerprint][k]}" for k in varied]
-            named[run.fingerprint] = " ".join([mixer, setting, *point, f"seed {run.seed}"])
+            named[run.fingerprint] = _title([mixer, setting, *point], f"seed {run.seed}")
     return named
 
 
-def sweep_tags(record: SweepRecord) -> dict[str, str]:
-    """Return what a sweep is found by."""
+def _title(words: list[str], seed: str) -> str:
+    return f"{cut(' '.join(words), TITLE - len(seed) - 1)} {seed}"
+
+
+def sweep_tags(record: SweepRecord, owner: str) -> dict[str, str]:
+    """Return what a sweep is found by; as `cell_tags`."""
     tags = {
         "mad.role": "sweep",
         "mad.sweep": record.id,
@@ -153,11 +201,11 @@ def sweep_tags(record: SweepRecord) -> dict[str, str]:
         "mad.plan": record.plan,
         "mad.command": record.command,
     }
-    return tags | _source()
+    return tags | _source(owner)
 
 
 def sweep_status(statuses: Counter[Status], *, live: bool) -> str:
-    """Return a sweep's status in MLflow, from how many of its runs stand how."""
+    """Return a sweep's status in MLflow, from the counts of its runs by status."""
     if live or statuses["running"]:
         return "RUNNING"
     if statuses["waiting"] + statuses["interrupted"]:
@@ -166,13 +214,13 @@ def sweep_status(statuses: Counter[Status], *, live: bool) -> str:
 
 
 def counts(statuses: Counter[Status]) -> str:
-    """Say how many runs stand how: `1 failed, 3 finished`."""
-    return ", ".join(f"{n} {name}" for name, n in sorted(statuses.items()))
+    """Write the counts of runs by status: `1 failed, 3 finished`."""
+    return ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
 
 
 def sweep_points(statuses: Counter[Status], time: int) -> list[Point]:
-    """Return how many runs of a sweep stand how, as metrics."""
-    return [Point(f"sweep/{name}", float(statuses[name]), time, 0) for name in MLFLOW_STATUS]
+    """Return the counts of a sweep's runs by status, as metrics."""
+    return [Point(f"sweep/{status}", float(statuses[status]), time, 0) for status in MLFLOW_STATUS]
 
 
 HEADER = (
@@ -201,8 +249,17 @@ def sweep_note(record: SweepRecord, statuses: Counter[Status], found: list[Cell]
     rows = [["" if v is None else str(v) for v in row] for row in leaderboard(found)]
     table = [HEADER, ["---"] * len(HEADER), *rows]
     columns = [HEADER.index(c) for c in _NOTED]
-    lines = "\n".join("| " + " | ".join(row[c] for c in columns) + " |" for row in table)
-    return f"Protocol {record.protocol}: {counts(statuses)}.\n\n{lines}\n\n`{record.command}`"
+    lines = ["| " + " | ".join(row[c] for c in columns) + " |" for row in table]
+    head, foot = f"Protocol {record.protocol}: {counts(statuses)}.\n\n", f"\n\n`{cut(record.command, 1_000)}`"
+    left = 0
+    while len(text := head + "\n".join(lines) + _more(left) + foot) > TAG and len(lines) > 2:
+        lines.pop()
+        left += 1
+    return text
+
+
+def _more(rows: int) -> str:
+    return f"\n\n{rows} rows more in leaderboard.csv" if rows else ""
 
 
 def leaderboard(found: list[Cell]) -> list[list[str | float | None]]:
@@ -265,9 +322,9 @@ def corruption_json(arms: list[corruption.Arm]) -> str:
     """
     rows = []
     for arm in arms:
-        for name, curve in arm.curves.items():
+        for probe, curve in arm.curves.items():
             halves = [h if math.isfinite(h) else None for h in curve.half]
-            label = [arm.setting, arm.mixer, len(arm.runs), name, arm.clean.mean]
+            label = [arm.setting, arm.mixer, len(arm.runs), probe, arm.clean.mean]
             rows.append([*label, *curve.area, *halves])
     return json.dumps({"columns": CORRUPTION_HEADER, "data": rows})
 
@@ -302,13 +359,21 @@ A *sweep* is a parent run; its *cells* (tag `mad.role` = `cell`) are one trainin
 | `spectrum/state_capacity_used` | the same as a share of what the state could hold |
 | `spectrum/reach_distance`, `.../reach_entropy` | how far back and how widely attention looks |
 
-Scores of different protocols (tag `mad.protocol`) are not comparable.
+Scores of different protocols (tag `mad.protocol`) are not comparable. Runs of one folder share the
+tag `mad.owner`; the same run made by two people is two runs here.
 """
 
 
-def _source() -> dict[str, str]:
-    """Fill the columns that MLflow's own clients fill."""
-    return {"mlflow.user": _user(), "mlflow.source.type": "LOCAL", "mlflow.source.name": "mad-efla"}
+def _source(owner: str) -> dict[str, str]:
+    """Say whose an entry is, and fill the columns that MLflow's own clients fill."""
+    return {
+        "mad.owner": owner,
+        "mad.host": socket.gethostname(),
+        ARTIFACTS: MISSING,
+        "mlflow.user": _user(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": "mad-efla",
+    }
 
 
 def _user() -> str:

@@ -1,17 +1,15 @@
-"""Where MLflow keeps runs: addresses, local SQLite databases, locks, and what can go wrong.
+"""Where MLflow keeps runs: addresses, names of experiments, local SQLite databases, quiet settings.
 
 A local store is made whole or not at all, and one that this version of MLflow cannot use is refused
-with the cure and left as it is. Locks are files that a process locks, so that they die with it.
+with the cure and left as it is.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -25,15 +23,12 @@ _SETTINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+PREFIX = "MAD_EFLA_EXPERIMENT_PREFIX"
 _LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 
 
 class Problem(Exception):
     """A store that cannot be used; the text holds value, rule and cure."""
-
-
-class Late(Exception):
-    """The time is over, or another process has the store."""
 
 
 def resolve_uri(option: str | None) -> str:
@@ -77,75 +72,9 @@ def without_password(text: str) -> str:
     return re.sub(r"://[^/@\s]*@", "://", text)
 
 
-def explain(error: Exception, uri: str, out: Path) -> str:
-    """Put into one sentence why MLflow is not up to date, and what helps."""
-    where = without_password(uri)
-    text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    if isinstance(error, Problem):
-        why = str(error)
-    elif isinstance(error, Late):
-        why = f"MLflow at {where} is not up to date yet, the time was over"
-    elif "malformed" in str(error) or "not a database" in str(error):
-        why = _damaged(sqlite_path(uri) or where)
-    elif is_server(uri) and "API request to" in text:
-        why = f"MLflow at {where} does not answer"
-    else:
-        why = f"MLflow at {where}: {without_password(text)[:200]}"
-    return f"{why}; the runs are safe in {out}; `mad-efla sync` brings MLflow up to date later"
-
-
-def in_time(deadline: float) -> None:
-    """Let the caller go on until a time of the monotonic clock.
-
-    Raises:
-        Late: It is over.
-    """
-    if time.monotonic() > deadline:
-        raise Late
-
-
-@contextlib.contextmanager
-def exclusive(uri: str, out: Path, deadline: float) -> Iterator[None]:
-    """Be the only process that writes this store, or these runs to a server.
-
-    Raises:
-        Late: Another process has it beyond the deadline.
-    """
-    path = sqlite_path(uri)
-    folder = path.parent if path else out
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / (f".{path.name}.lock" if path else ".mlflow.lock")).open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                in_time(deadline)
-                time.sleep(0.1)
-        yield
-
-
-@contextlib.contextmanager
-def live(out: Path, sweep: str) -> Iterator[None]:
-    """Show other processes that this sweep goes on, by a lock that dies with this one."""
-    (out / "sweeps").mkdir(parents=True, exist_ok=True)
-    with (out / "sweeps" / f"{sweep}.lock").open("a") as file:
-        with contextlib.suppress(BlockingIOError):  # somebody is just asking
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        yield
-
-
-def is_live(out: Path, sweep: str) -> bool:
-    """Say whether a process is at this sweep."""
-    path = out / "sweeps" / f"{sweep}.lock"
-    if not path.exists():
-        return False
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+def experiment_name(task: str) -> str:
+    """Return the experiment of a task: its name behind MAD_EFLA_EXPERIMENT_PREFIX, where that is set."""
+    return os.environ.get(PREFIX, "") + task
 
 
 def prepare(path: Path) -> None:
@@ -189,11 +118,12 @@ def _schema(path: Path) -> str:
             raise Problem(f"{path}: is a database, but no MLflow store; name another with --tracking-uri") from None
         raise Problem(f"{path}: {error}; name another store with --tracking-uri") from None
     except sqlite3.DatabaseError:
-        raise Problem(_damaged(path)) from None
+        raise Problem(damaged(path)) from None
     return str(rows[0][0]) if rows else "none"
 
 
-def _damaged(where: object) -> str:
+def damaged(where: object) -> str:
+    """Say that a file holds no database."""
     return f"{where}: is damaged, or no SQLite database; move it away and a new one is made"
 
 

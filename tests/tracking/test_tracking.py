@@ -1,34 +1,34 @@
 """What MLflow shows is what the run folders hold, however often it is told, and by whomever."""
 
-import contextlib
-import fcntl
+import http.client
 import json
 import logging
 import math
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-import termios
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from mad_efla import tracking
+from mad_efla.analysis.cells import cells
 from mad_efla.config import ConfigError
 from mad_efla.plan.run import RunConfig
 from mad_efla.reporting.figures import artifacts
 from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.read import of_record
 from mad_efla.runs.schema import Result, Row, Scores, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps, sweep_figures, write_sweep
-from mad_efla.tracking import guard, mirror, records, stores
+from mad_efla.tracking import locks, mirror, page, records, stores
 from mad_efla.tracking.bridge import Bridge
 from mad_efla.training import model
 from tests import browser
@@ -37,30 +37,6 @@ from tests.tiny import tiny
 
 OUT = Path("runs")
 TRACE = "Traceback (most recent call last):\n  ...\nValueError: why"
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory):
-    """A store migrated once; tests copy it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of MLflow's dependencies, while they are imported
-        folder = tmp_path_factory.mktemp("template")
-        report = tracking.sync(f"sqlite:///{folder}/mlflow.db", folder / "runs")
-    assert report.problem is None
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def uri(template, tmp_path):
-    shutil.copy(template, tmp_path / "mlflow.db")
-    return tracking.resolve_uri(None)
-
-
-@pytest.fixture
-def client(uri):
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
 
 
 def rows(*steps: int, time: int = 1_000) -> list[Row]:
@@ -295,6 +271,23 @@ def test_only_the_runs_asked_for_are_told(uri, client):
     assert list(shown(client)) == [runs[1].fingerprint]
 
 
+def test_each_folder_is_read_once_however_often_the_leaderboard_is_made(uri, client, monkeypatch):
+    runs = [tiny(seed=seed) for seed in range(4)]
+    folders = [finished(run) if run.seed else begun(run, 10) for run in runs]
+    swept(*runs)
+    bridge, read = Bridge(uri, OUT), Counter()
+    whole = RunFolder.run
+    monkeypatch.setattr(RunFolder, "run", lambda self: read.update([self.fingerprint]) or whole(self))
+    assert bridge.sync(math.inf).problem is None
+    folders[0].finish(result(runs[0], 0.75))
+    assert bridge.sync(math.inf).problem is None
+    assert read == dict.fromkeys((run.fingerprint for run in runs), 1)
+    table = client.load_table(bridge.experiments["recall"], "leaderboard.json")
+    [cell] = cells(of_record(read_sweeps(OUT)[0], OUT))
+    assert cell.accuracy
+    assert (table["accuracy"].tolist(), table["seeds"].tolist()) == ([cell.accuracy.mean], [4]) == ([0.5625], [4])
+
+
 # ------------------------------------------------------------------ again and again
 
 
@@ -520,9 +513,11 @@ def test_a_server_that_was_away_is_told_everything_when_it_is_back(uri, client, 
 
 def test_a_sweep_between_two_runs_is_not_taken_for_killed(uri, client):
     record = swept(tiny())
-    with stores.live(OUT, record.id):
-        tracking.sync(uri, OUT)
-        assert shown(client, "sweep")[record.id].info.status == "RUNNING"
+    live = locks.Live(OUT, [record.id])
+    live.show()
+    tracking.sync(uri, OUT)
+    assert shown(client, "sweep")[record.id].info.status == "RUNNING"
+    live.end()
     tracking.sync(uri, OUT)
     assert shown(client, "sweep")[record.id].info.status == "KILLED"
 
@@ -571,123 +566,68 @@ def test_the_environment_and_loggers_are_left_as_they_were(uri, monkeypatch, cap
     assert capfd.readouterr() == ("", "")
 
 
-# ------------------------------------------------------------------ the guard
+# ------------------------------------------------------------------ a driver that was killed
 
 
 def _drive(uri: str, record: SweepRecord) -> None:
-    """Be the driver of a sweep whose only run is in a worker, until killed."""
-    about = (record.fingerprints[0], os.getpid())
-    worker = multiprocessing.get_context("spawn").Process(target=_work, args=about)
-    with tracking.Mirror(uri, OUT, record):
-        worker.start()
-        worker.join()
-
-
-def _work(fingerprint: str, driver: int) -> None:
-    """Hold a run until the driver is dead, as workers do; then live on, until told to go."""
-    with RunFolder(OUT, fingerprint).lock():
+    """Be the driver of a sweep whose only run is at work, until killed."""
+    with tracking.Mirror(uri, OUT, record), RunFolder(OUT, record.fingerprints[0]).lock():
         Path("held").touch()
-        while os.getppid() == driver and not Path("go").exists():
+        while True:
             time.sleep(0.02)
-    while not Path("go").exists():
-        time.sleep(0.02)
 
 
-def _wait_for(client, status: str) -> None:
-    end = time.monotonic() + 60
-    while True:
-        if client.get_experiment_by_name("recall"):
-            found = [*shown(client).values(), *shown(client, "sweep").values()]
-            if len(found) == 2 and {r.info.status for r in found} == {status}:
-                return
-        assert time.monotonic() < end, f"{status} is not shown"
-        time.sleep(0.05)
-
-
-def test_a_driver_killed_by_sigkill_leaves_nothing_running(uri, tmp_path, monkeypatch):
+@pytest.fixture
+def killed(uri, client, monkeypatch):
+    """A sweep of `recall` whose driver was killed by SIGKILL; MLflow shows it as running."""
     monkeypatch.setattr(mirror, "LIVE_SECONDS", 0.05)
     run = tiny()
     begun(run, 10, 20)
+    record = swept(run)
     context = multiprocessing.get_context("fork")  # MLflow need not be imported again
-    driver = context.Process(target=_drive, args=(uri, swept(run)))
+    driver = context.Process(target=_drive, args=(uri, record))
     driver.start()
-    from mlflow import MlflowClient
-
     try:
-        while not Path("held").exists():
+        while not client.get_experiment_by_name("recall") or len(_statuses(client)) < 2:
             assert driver.is_alive()
-        _wait_for(MlflowClient(uri), "RUNNING")
-        driver.kill()
-        _wait_for(MlflowClient(uri), "KILLED")  # with the worker still there
+            time.sleep(0.05)
     finally:
         driver.kill()
         driver.join()
-        (tmp_path / "go").touch()
+    assert _statuses(client) == ["RUNNING", "RUNNING"]
+    return record
 
 
-def test_a_guard_tells_it_once_ignores_ctrl_c_and_ends(uri, client):
-    run = tiny()
-    begun(run, 10, 20)
-    record = swept(run)
-    with RunFolder(OUT, run.fingerprint).lock():
-        tracking.sync(uri, OUT)
-    standing = guard.Guard(uri, OUT, record.id).process
-    assert uri not in str(standing.args)  # it may hold a password
-    assert os.getsid(standing.pid) == standing.pid
-    assert standing.stdin
-    while any(fcntl.ioctl(standing.stdin, termios.FIONREAD, bytes(4))):
-        pass  # until it has read what it was told, and waits
-    standing.send_signal(signal.SIGINT)
-    standing.stdin.close()  # as the driver's death does
-    assert standing.wait(60) == 0
-    assert shown(client)[run.fingerprint].info.status == "KILLED"
+def _statuses(client) -> list[str]:
+    return [r.info.status for r in [*shown(client).values(), *shown(client, "sweep").values()]]
 
 
-def test_a_guard_waits_until_workers_have_let_go(uri, client, monkeypatch):
-    run = tiny()
-    folder = begun(run, 10, 20)
-    record = swept(run)
-    with contextlib.ExitStack() as worker:
-        worker.enter_context(folder.lock())
-        tracking.sync(uri, OUT)
-        monkeypatch.setattr(guard.time, "sleep", lambda seconds: worker.close())
-        guard.synchronise(uri, OUT, record.id)
-    assert shown(client)[run.fingerprint].info.status == "KILLED"
+def test_the_next_sync_sees_that_a_driver_was_killed(killed, uri, client):
+    assert tracking.sync(uri, OUT).problem is None
+    assert _statuses(client) == ["KILLED", "KILLED"]
 
 
-def test_a_guard_does_not_wait_for_ever(uri, client, monkeypatch):
-    monkeypatch.setattr(guard, "LOCK_SECONDS", 0.0)
-    run = tiny()
-    with begun(run, 10, 20).lock():
-        guard.synchronise(uri, OUT, swept(run).id)
-        assert shown(client)[run.fingerprint].info.status == "RUNNING"
+def test_the_next_sweep_sees_that_the_driver_of_another_was_killed(killed, uri, client):
+    other = tiny(seed=7)
+    finished(other)
+    with tracking.Mirror(uri, OUT, swept(other, id="s2", plan="mad")) as shadow:
+        pass
+    assert shadow.problem is None
+    assert shown(client)[killed.fingerprints[0]].info.status == "KILLED"
+    assert shown(client, "sweep")["s1"].info.status == "KILLED"
+    assert shown(client, "sweep")["s2"].info.status == "FINISHED"
 
 
-def test_a_clean_end_leaves_no_guard_and_nothing_for_it_to_do(uri, tmp_path):
-    with tracking.Mirror(uri, OUT, swept(tiny())) as shadow:
-        assert shadow.guard
-        assert shadow.guard.process.poll() is None
-    assert shadow.guard.process.returncode == 0
-    standing = guard.Guard(f"sqlite:///{tmp_path}/other.db", OUT, "s1")
-    standing.end()
-    assert standing.process.returncode == 0
-    assert not list(tmp_path.glob("*other.db*"))
-
-
-def test_a_guard_that_hangs_is_no_hindrance(uri, monkeypatch):
-    monkeypatch.setattr(guard, "_END_SECONDS", 0.1)
-    standing = guard.Guard(uri, OUT, "s1")
-    standing.process.send_signal(signal.SIGSTOP)
-    standing.end()
-    assert standing.process.returncode == -signal.SIGKILL
-
-
-def test_a_guard_that_stands_by_has_imported_nothing_heavy():
-    command = [sys.executable, "-P", "-X", "importtime", guard.__file__]
-    done = subprocess.run(command, input=b"{}\n.", capture_output=True, check=True)
-    imported = {line.split("|")[-1].strip() for line in done.stderr.decode().splitlines()}
-    assert "subprocess" in imported
-    assert not {"mad_efla", "numpy", "torch", "mlflow", "pydantic"} & imported
+def test_one_mirror_follows_all_sweeps_of_a_call(uri, client, monkeypatch):
+    runs = [tiny(seed=0), tiny(seed=1), tiny(seed=2)]
+    for run in runs:
+        finished(run)
+    first, second, third = (swept(run, id=f"s{i}", started=i) for i, run in enumerate(runs))
+    with tracking.Mirror(uri, OUT, first, second) as shadow:
+        pass
+    assert shadow.problem is None
+    assert set(shown(client, "sweep")) == {"s0", "s1"}
+    assert third.id == "s2"
 
 
 # ------------------------------------------------------------------ stores
@@ -806,7 +746,7 @@ def test_artifacts_are_beside_the_store(template, tmp_path):
 
 def test_a_store_that_another_process_holds_is_waited_for_within_the_time(uri):
     finished(tiny())
-    with stores.exclusive(uri, OUT, time.monotonic()):
+    with locks.exclusive(uri, OUT, time.monotonic()):
         report = tracking.sync(uri, OUT, timeout_s=0.0)
     assert "the time was over" in str(report.problem)
 
@@ -837,6 +777,15 @@ def test_ui_becomes_the_server_and_says_where(uri, executed, capsys, closed_port
     said = capsys.readouterr().out
     assert f"http://127.0.0.1:{closed_port}/#/experiments/1/runs?" in said
     assert "orderByKey=metrics.%60test/token_accuracy%60" in said
+
+
+def test_ui_says_addresses_that_browsers_take(uri, executed, capsys, closed_port, monkeypatch):
+    finished(tiny())
+    monkeypatch.setattr(page, "_free_port", lambda host, port: port)
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mine")
+    tracking.ui(uri, OUT, "::1", closed_port, print)
+    assert f"http://[::1]:{closed_port}/#/" in capsys.readouterr().out
+    assert executed[0][1]["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mine"  # what the user has set stands
 
 
 def test_ui_says_what_is_wrong(uri, executed, closed_port, tmp_path):
@@ -880,25 +829,49 @@ def served(template, tmp_path_factory):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        tracking.ui(tracking.resolve_uri(None), OUT, "127.0.0.1", port, said.append)
+        patch.setattr(socket, "gethostname", lambda: "lab")
+        patch.setattr(socket, "getfqdn", lambda: "lab.example.org")
+        tracking.ui(tracking.resolve_uri(None), OUT, "0.0.0.0", port, said.append, allowed_hosts=("runs.example.org",))
+    assert said[1] == "from other machines: " + said[0].replace("127.0.0.1", "runs.example.org")
     [(command, environment)] = calls
     with browser.server(command, environment, f"http://127.0.0.1:{port}"):
         yield said[0].splitlines()[0], folder / OUT
 
 
 @pytest.fixture(scope="module")
-def page():
+def opened():
     """A browser's page; pages of a server that runs already."""
     if browser.missing():
         pytest.skip(str(browser.missing()))
-    with browser.page() as opened:
-        yield opened
+    with browser.page() as found:
+        yield found
 
 
 def of_server(link: str):
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=link.split("/#/")[0])
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("lab.example.org", "http://lab.example.org", 200),
+        ("lab", "http://lab", 200),
+        ("runs.example.org", "https://runs.example.org", 200),
+        ("127.0.0.1", "http://127.0.0.1", 200),
+        ("evil.example.org", "http://evil.example.org", 403),
+        ("lab.example.org", "http://evil.example.org", 403),
+    ],
+)
+def test_the_page_answers_under_its_own_names_alone(served, host, origin, status):
+    port = served[0].split("/")[2].split(":")[1]
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+    headers = {"Host": f"{host}:{port}", "Origin": f"{origin}:{port}", "Content-Type": "application/json"}
+    body = json.dumps({"experiment_ids": ["1"], "max_results": 1})
+    connection.request("POST", "/ajax-api/2.0/mlflow/runs/search", body, headers)
+    assert connection.getresponse().status == status
+    connection.close()
 
 
 def test_a_remote_server_is_told_all_that_a_local_store_is(served):
@@ -922,39 +895,39 @@ def test_a_remote_server_is_told_all_that_a_local_store_is(served):
 
 
 @pytest.mark.browser
-def test_the_page_shows_cells_best_first_and_their_curves(served, page):
+def test_the_page_shows_cells_best_first_and_their_curves(served, opened):
     link, _ = served
-    browser.look(page, link, "test/token_accuracy")
-    page.get_by_text("3 matching runs").wait_for()
-    names = page.get_by_role("link", name="baseline seed").all_inner_texts()
+    browser.look(opened, link, "test/token_accuracy")
+    opened.get_by_text("3 matching runs").wait_for()
+    names = opened.get_by_role("link", name="baseline seed").all_inner_texts()
     assert names == [f"efla(heads=2) baseline seed {seed}" for seed in (1, 2, 0)]
-    page.get_by_placeholder("Search metric charts").fill("spectrum/horizon_p50|train/loss")
-    page.get_by_text("spectrum/horizon_p50", exact=True).first.wait_for()
-    page.locator(".scatterlayer .js-line").nth(5).wait_for()  # three runs in two charts
-    assert page.locator(".scatterlayer .js-line").count() == 6
+    opened.get_by_placeholder("Search metric charts").fill("spectrum/horizon_p50|train/loss")
+    opened.get_by_text("spectrum/horizon_p50", exact=True).first.wait_for()
+    opened.locator(".scatterlayer .js-line").nth(5).wait_for()  # three runs in two charts
+    assert opened.locator(".scatterlayer .js-line").count() == 6
 
 
 @pytest.mark.browser
-def test_runs_compare_in_parallel_coordinates(served, page):
+def test_runs_compare_in_parallel_coordinates(served, opened):
     link, _ = served
     runs = of_server(link).search_runs(["1"], "tags.`mad.role` = 'cell'")
     which = f"runs={json.dumps([r.info.run_id for r in runs])}&experiments={json.dumps(['1'])}"
     base = link.split("/#/")[0]
-    browser.look(page, f"{base}/#/compare-runs?{which}", "Parallel Coordinates Plot")
-    page.locator(".parcoords").first.wait_for()
-    titles = page.locator(".parcoords .axis-title")
+    browser.look(opened, f"{base}/#/compare-runs?{which}", "Parallel Coordinates Plot")
+    opened.locator(".parcoords").first.wait_for()
+    titles = opened.locator(".parcoords .axis-title")
     titles.first.wait_for()
     assert {"seed", tracking.PRIMARY} <= set(titles.evaluate_all("e => e.map(t => t.textContent)"))
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize(("role", "name"), [("cell", "spectrum.png"), ("sweep", "leaderboard.png")])
-def test_artifacts_show_the_figures(served, page, role, name):
+def test_artifacts_show_the_figures(served, opened, role, name):
     link, _ = served
     found = of_server(link).search_runs(
         ["1"], f"tags.`mad.role` = '{role}'", order_by=["metrics.`test/token_accuracy` DESC"]
     )
     where = f"experiments/1/runs/{found[0].info.run_id}/artifacts/figures/{name}"
-    page.goto("about:blank")  # and with it the images of the page before
-    browser.look(page, f"{link.split('/#/')[0]}/#/{where}", name)
-    page.wait_for_function("[...document.images].some(i => i.naturalWidth > 300)")
+    opened.goto("about:blank")  # and with it the images of the page before
+    browser.look(opened, f"{link.split('/#/')[0]}/#/{where}", name)
+    opened.wait_for_function("[...document.images].some(i => i.naturalWidth > 300)")
