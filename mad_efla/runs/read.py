@@ -158,10 +158,8 @@ def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, _Source]],
 
 def _read(group: Group, folder: RunFolder | ArchivedRun, entry: Planned | None, known: Known) -> None:
     """Read one run into a group, or note why it cannot be read; a folder may be gone."""
-    if (
-        folder.fingerprint in group.runs
-        and folder.result() is None
-        or any(u.path == folder.path for u in group.unreadable)
+    if (folder.fingerprint in group.runs and folder.result() is None) or any(
+        u.path == folder.path for u in group.unreadable
     ):
         return
     group.folders[folder.fingerprint] = folder

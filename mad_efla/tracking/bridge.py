@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mad_efla.analysis import cells as analysis
-from mad_efla.analysis import corruption
+from mad_efla.analysis import corruption, verdict
+from mad_efla.analysis.cells import Cell
+from mad_efla.analysis.leaderboard import leaderboard
 from mad_efla.config import ConfigError
 from mad_efla.plan.run import RunConfig
 from mad_efla.runs.files import now
@@ -375,10 +376,11 @@ class Bridge:
         if entry.deleted or (told and entry.tags.get(records.ARTIFACTS) != records.MISSING):
             return True
         self._read_all(sweep.fingerprints)
-        found = analysis.cells(of_record(sweep, self.out, Known(self.runs, self.results)))
+        board = leaderboard(of_record(sweep, self.out, Known(self.runs, self.results)))
+        found = [*board.cells, *board.checks]
         if status != "RUNNING" and not told:
             entry.log(records.sweep_points(statuses, now()), self.deadline)
-        note = {records.NOTE: records.sweep_note(sweep, statuses, found)}
+        note = {records.NOTE: records.sweep_note(sweep, statuses, found, verdict.sentences(board))}
         entry.tag({"mad.counts": counts, records.ARTIFACTS: records.MISSING} | records.TABLE_TAG | note)
         entry.set_status(status, sweep.ended or now())
         self.uploads.add(entry, lambda: _tables(entry, found), completes=True)
@@ -498,7 +500,7 @@ def _files(entry: Entry, run: RunConfig, failure: Failure | None) -> None:
     entry.untag(_TRACEBACK)
 
 
-def _tables(entry: Entry, found: list[analysis.Cell]) -> None:
+def _tables(entry: Entry, found: list[Cell]) -> None:
     """Write a sweep's tables."""
     entry.write("leaderboard.csv", records.leaderboard_csv(found))
     entry.write("leaderboard.json", records.leaderboard_json(found))

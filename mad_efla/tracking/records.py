@@ -18,7 +18,7 @@ import posixpath
 import re
 import socket
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from mad_efla.analysis import corruption
@@ -244,13 +244,14 @@ HEADER = (
 _NOTED = ("setting", "mixer", "grid point", "seeds", "accuracy", "low", "high", "loss", "note")
 
 
-def sweep_note(record: SweepRecord, statuses: Counter[Status], found: list[Cell]) -> str:
-    """Write a sweep's page: its counts, its leaderboard, and the command that made it."""
+def sweep_note(record: SweepRecord, statuses: Counter[Status], found: list[Cell], verdict: Sequence[str] = ()) -> str:
+    """Write a sweep's page: its counts, its verdict, its leaderboard, and the command that made it."""
     rows = [["" if v is None else str(v) for v in row] for row in leaderboard(found)]
     table = [HEADER, ["---"] * len(HEADER), *rows]
     columns = [HEADER.index(c) for c in _NOTED]
     lines = ["| " + " | ".join(row[c] for c in columns) + " |" for row in table]
-    head, foot = f"Protocol {record.protocol}: {counts(statuses)}.\n\n", f"\n\n`{cut(record.command, 1_000)}`"
+    said = cut("\n\n".join(verdict), TAG // 2)
+    head, foot = f"Protocol {record.protocol}: {counts(statuses)}.\n\n{said}\n\n", f"\n\n`{cut(record.command, 1_000)}`"
     left = 0
     while len(text := head + "\n".join(lines) + _more(left) + foot) > TAG and len(lines) > 2:
         lines.pop()
