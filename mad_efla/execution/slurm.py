@@ -1,10 +1,10 @@
 """Runs as job arrays of a Slurm cluster, through submitit and a folder that all nodes share.
 
 A job makes one run on one core, and on a GPU of its own. An array holds as many jobs as the cluster
-allows; further ones wait for the array before, so that no more jobs run at once. Partition, account and time are sbatch's
-own to ask for, by its variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT. Slurm's logs
-are in `slurm/` beside the runs. A job that Slurm stops at its time limit, or takes the node from,
-is queued again and goes on from the run's checkpoint.
+allows; further ones wait for the array before, so that no more jobs run at once. Partition, account
+and time are sbatch's own to ask for, by its variables: SBATCH_PARTITION, SBATCH_ACCOUNT,
+SBATCH_TIMELIMIT. Slurm's logs are in `slurm/` beside the runs. A job that Slurm stops at its time
+limit, or takes the node from, is queued again and goes on from the run's checkpoint.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from mad_efla.runs.folder import RunFolder
 
 try:
     import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 except ImportError:
     raise ConfigError("--executor slurm: needs the package submitit; pip install 'mad-efla[slurm]'") from None
 
@@ -120,7 +121,7 @@ class Slurm:
             )
             try:
                 found = executor.map_array(make, batch)
-            except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+            except (FailedJobError, FailedSubmissionError) as error:
                 raise ConfigError(f"--executor slurm: sbatch refuses the jobs: {error}") from error
             jobs |= dict(zip(batch, found, strict=True))
             arrays.append(found[0].job_id.partition("_")[0])

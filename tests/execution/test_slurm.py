@@ -121,7 +121,7 @@ def test_a_cluster_that_does_not_tell_is_taken_to_have_slurms_own_default(schedu
 def test_what_sbatch_refuses_is_told_in_its_own_words(scheduler):
     pytest.importorskip("submitit")
     (scheduler / "bin" / "sbatch").write_text("#!/bin/sh\necho 'Job violates accounting policy' >&2\nexit 1\n")
-    with pytest.raises(ConfigError, match="sbatch refuses the jobs: .*Job violates accounting policy"):
+    with pytest.raises(ConfigError, match=r"sbatch refuses the jobs: .*Job violates accounting policy"):
         _submitted(scheduler, 2, ["run0"])
 
 
