@@ -140,7 +140,7 @@ def _dry_run(sweeps: "list[Sweep]", fits: "list[Fit]", out: Path, slots: int) ->
     runs = []
     for found, fit in zip(sweeps, fits, strict=True):
         runs += found.runs
-        for line in terminal.matches(fit.matches):
+        for line in (*_notes([found]), *terminal.matches(fit.matches)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         terminal.show(tables.runs(found.runs, expand.differences(found.runs), fit.sizes))
     sizes = {f: s for fit in fits for f, s in fit.sizes.items()}
@@ -164,13 +164,19 @@ def _dry_run(sweeps: "list[Sweep]", fits: "list[Fit]", out: Path, slots: int) ->
             f"search {search.method}: {search.trials} trials like each of these, over {', '.join(search.over)}"
         )
         guess = guess._replace(seconds=guess.seconds * search.trials)
-    same = f"protocol {sweeps[0].protocol}, precision {runs[0].train.precision}"
+    protocols = " and ".join(dict.fromkeys(found.protocol for found in sweeps))
+    same = f"protocol {protocols}, precision {runs[0].train.precision}"
     console.print(
         f"{len(runs)} runs, {guess.done} of them done; {same}; "
         f"about {terminal.duration(guess.seconds)} on {slots} workers ({guess.basis})",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _notes(sweeps: "list[Sweep]") -> list[str]:
+    """Write what is to be said of sweeps before their first run, each once."""
+    return [f"note: {note}" for note in dict.fromkeys(note for found in sweeps for note in found.notes)]
 
 
 def _size_of(run: "RunConfig", found: "Sweep", sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
@@ -202,7 +208,7 @@ def _sweep(
     runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
     for note in mend(out, [r.fingerprint for r in runs]):
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    for line in dict.fromkeys(terminal.matches(matches)):
+    for line in (*_notes(sweeps), *dict.fromkeys(terminal.matches(matches))):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     records = [_record(s, out) for s in sweeps]
     interrupted, deadline = False, math.inf
