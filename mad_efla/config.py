@@ -11,11 +11,13 @@ oversized files are refused before anything is built from them.
 import difflib
 import hashlib
 import json
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
@@ -110,15 +112,16 @@ def find(name: str, kind: str) -> Path:
     """
     path = Path(name)
     try:
-        if path.is_dir():
-            raise ConfigError(f"{name}: is a directory; name a YAML file in it")
         if path.is_file():
             return path
+        is_folder = path.is_dir()
     except OSError as error:
         raise ConfigError(f"{name[:80]}: {error.strerror or error}") from None
     shipped = {p.stem: p for p in presets(kind)}
     if re.fullmatch(rf"(?:{kind}/)?[\w-]+(?:\.yaml)?", name) and path.stem in shipped:
-        return shipped[path.stem]
+        return shipped[path.stem]  # a folder of that name, such as one of runs, hides nothing
+    if is_folder:
+        raise ConfigError(f"{name}: is a directory; name a YAML file in it")
     what = {"tasks": "task", "sweeps": "plan"}[kind]
     raise ConfigError(
         f"{name[:80]}: no such file, and no shipped {what} of that name" + suggest(path.stem, list(shipped))
@@ -242,16 +245,19 @@ def _merge(into: dict[str, Any], places: dict[KeyPath, str], doc: Document, path
 def from_paths(values: dict[str, Any], place: str) -> Document:
     """Build a document from dotted paths, `{"optim.lr": 0.001}`, all written at `place`."""
     document = Document({}, {(): place}, place)
-    for dotted_path, value in values.items():
-        data: Any = value
-        path = tuple(dotted_path.split("."))
-        if not all(path):
-            raise ConfigError(f"{place}: {dotted_path!r} is no field; write it as `optim.lr`")
-        for key in reversed(path):
-            data = {key: data}
-        places: dict[KeyPath, str] = {path[:end]: place for end in range(len(path) + 1)}
-        document = merge(document, Document(data, places, place))
+    for name, value in values.items():
+        document = merge(document, from_path(tuple(name.split(".")), value, place))
     return document
+
+
+def from_path(path: tuple[str, ...], value: Any, place: str) -> Document:
+    """Build a document that holds one value, written at `place`."""
+    if not all(path):
+        raise ConfigError(f"{place}: {'.'.join(path)!r} is no field; write it as `optim.lr`")
+    data = value
+    for key in reversed(path):
+        data = {key: data}
+    return Document(data, {path[:end]: place for end in range(len(path) + 1)}, place)
 
 
 def assignment(text: str, option: str = "--set") -> tuple[str, Any]:
@@ -284,12 +290,40 @@ def validate(model: type[SectionT], document: Document, prefix: str = "") -> Sec
     """
     try:
         # JSON mode: a list is a tuple and 1 is 1.0, yet "1" is no number.
-        return model.model_validate_json(json.dumps(document.data))
+        found = model.model_validate_json(json.dumps(document.data))
     except ValidationError as error:
         lines = [_explain(e, model, document, prefix) for e in error.errors()]
     except (TypeError, ValueError) as error:
         lines = [f"{document.place(())}: {error}"]
+    else:
+        lines = [_explain_unplain(path, value, model, document, prefix) for path, value in _unplain(found)]
+        if not lines:
+            return found
     raise ConfigError("\n".join(dict.fromkeys(lines)))
+
+
+def _unplain(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Find what JSON cannot hold, and so no record of a configuration."""
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _unplain(getattr(value, name), (*path, name))
+    elif type(value) is dict and all(type(key) is str for key in value):
+        for key, inner in value.items():
+            yield from _unplain(inner, (*path, key))
+    elif type(value) in (list, tuple):
+        for index, inner in enumerate(value):
+            yield from _unplain(inner, (*path, index))
+    elif not (value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))):
+        yield path, value
+
+
+def _explain_unplain(path: KeyPath, value: Any, model: type[BaseModel], document: Document, prefix: str) -> str:
+    shown = f"{prefix}.{dotted(path)}".strip(".")
+    return (
+        f"{document.place(path)}: {shown}={value!r}: field {path[0]} of class {model.__module__}.{model.__qualname__} "
+        f"holds a value of type {type(value).__name__}, which no run's record can hold; give it numbers that are "
+        "finite, words, true, false, none, or lists and mappings of them"
+    )
 
 
 def _explain(error: Any, model: type[BaseModel], document: Document, prefix: str) -> str:
@@ -317,11 +351,19 @@ def _keys(document: Document) -> set[str | int]:
 
 
 def _fields_at(model: type[BaseModel], path: KeyPath) -> list[str]:
-    current: Any = model
+    """Name the fields of the section at a path, which may lie in a mapping, a list, or be optional."""
+    found = [model]
     for key in path:
-        info = getattr(current, "model_fields", {}).get(key)
-        current = info.annotation if info else None
-    return list(getattr(current, "model_fields", {}))
+        held = [m.model_fields[str(key)].annotation for m in found if key in m.model_fields]
+        if held:  # else the key of a mapping, or the number of an entry
+            found = [section for annotation in held for section in _sections(annotation)]
+    return [name for section in found for name in section.model_fields]
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections(inner)]
 
 
 def _lower(text: str) -> str:

@@ -1,6 +1,9 @@
 """Whatever is wrong with a file is said with its place, and never as a traceback."""
 
 import json
+import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -111,6 +114,46 @@ def test_a_path_comes_before_a_preset_of_that_name(tmp_path):
     assert config.find("tasks/recall.yaml", "tasks").is_file()
     (tmp_path / "recall").write_text("word: mine")
     assert config.read(config.find("recall", "tasks")).data == {"word": "mine"}
+
+
+def test_a_folder_hides_no_preset(tmp_path):
+    (tmp_path / "recall").mkdir()
+    assert config.find("recall", "tasks").name == "recall.yaml"
+
+
+class Odd(Section):
+    word: str = "a"
+    kind: Any = Path("somewhere")
+    table: dict[str, Any] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {},
+            "test: mixers[0].kind=PosixPath('somewhere'): field kind of class tests.test_config.Odd holds a value of "
+            "type PosixPath, which no run's record can hold; give it numbers that are finite, words,",
+        ),
+        ({"kind": 1}, None),
+        ({"kind": [1, {"a": None}]}, None),
+    ],
+)
+def test_a_value_that_no_record_can_hold_is_refused_by_field_and_class(fields, message):
+    document = Document(fields, {(): "test"}, "test")
+    if message is None:
+        assert config.validate(Odd, document, "mixers[0]").kind == fields["kind"]
+        return
+    with pytest.raises(ConfigError) as error:
+        config.validate(Odd, document, "mixers[0]")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.inf, {1, 2}, b"a", {1: 2}, 1j, [Path("x")]])
+def test_defaults_of_odd_kinds_are_found_wherever_they_lie(value):
+    odd = type("Mine", (Odd,), {"__annotations__": {"kind": Any}, "kind": {"deep": value}, "__module__": __name__})
+    with pytest.raises(ConfigError, match=r"kind\.deep.*field kind of class tests\.test_config\.Mine"):
+        config.validate(odd, Document({}, {(): "test"}))
 
 
 def test_merging_keeps_the_place_of_what_won():

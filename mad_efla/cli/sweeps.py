@@ -180,7 +180,7 @@ def _dry_run(sweeps: "list[Sweep]", fits: "list[Fit]", out: Path, slots: int) ->
     runs = []
     for found, fit in zip(sweeps, fits, strict=True):
         runs += found.runs
-        for line in terminal.matches(fit.matches):
+        for line in (*_notes([found]), *terminal.matches(fit.matches)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         terminal.show(tables.runs(found.runs, expand.differences(found.runs), fit.sizes))
     sizes = {f: s for fit in fits for f, s in fit.sizes.items()}
@@ -204,13 +204,19 @@ def _dry_run(sweeps: "list[Sweep]", fits: "list[Fit]", out: Path, slots: int) ->
             f"search {search.method}: {search.trials} trials like each of these, over {', '.join(search.over)}"
         )
         guess = guess._replace(seconds=guess.seconds * search.trials)
-    same = f"protocol {sweeps[0].protocol}, precision {runs[0].train.precision}"
+    protocols = " and ".join(dict.fromkeys(found.protocol for found in sweeps))
+    same = f"protocol {protocols}, precision {runs[0].train.precision}"
     console.print(
         f"{len(runs)} runs, {guess.done} of them done; {same}; "
         f"about {terminal.duration(guess.seconds)} on {slots} workers ({guess.basis})",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _notes(sweeps: "list[Sweep]") -> list[str]:
+    """Write what is to be said of sweeps before their first run, each once."""
+    return [f"note: {note}" for note in dict.fromkeys(note for found in sweeps for note in found.notes)]
 
 
 def _size_of(run: "RunConfig", found: "Sweep", sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
@@ -235,7 +241,8 @@ def _sweep(
 
     err = terminal.stderr()
     sweeps, notes = sweeping.prepare(sweeps, out, known)
-    for line in (*(f"note: {note}" for note in notes), *dict.fromkeys(terminal.matches(matches))):
+    said = (*(f"note: {note}" for note in notes), *_notes(sweeps), *terminal.matches(matches))
+    for line in dict.fromkeys(said):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     failed = []
 

@@ -1,14 +1,16 @@
-"""Runs as one job array of a Slurm cluster, through submitit and a folder that all nodes share.
+"""Runs as job arrays of a Slurm cluster, through submitit and a folder that all nodes share.
 
-A job makes one run on one core, and on a GPU of its own. Partition, account and time are sbatch's
-own to ask for, by its variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT. Slurm's logs
-are in `slurm/` beside the runs. A job that Slurm stops at its time limit, or takes the node from,
-is queued again and goes on from the run's checkpoint.
+A job makes one run on one core, and on a GPU of its own. An array holds as many jobs as the cluster
+allows; further ones wait for the array before, so that no more jobs run at once. Partition, account
+and time are sbatch's own to ask for, by its variables: SBATCH_PARTITION, SBATCH_ACCOUNT,
+SBATCH_TIMELIMIT. Slurm's logs are in `slurm/` beside the runs. A job that Slurm stops at its time
+limit, or takes the node from, is queued again and goes on from the run's checkpoint.
 """
 
 import contextlib
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,10 +29,12 @@ from mad_efla.runs.folder import RunFolder
 
 try:
     import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 except ImportError:
     raise ConfigError("--executor slurm: needs the package submitit; pip install 'mad-efla[slurm]'") from None
 
-AT_ONCE = 256  # jobs of the array, unless --workers says otherwise
+AT_ONCE = 256  # jobs that run at once, unless --workers says otherwise
+ARRAY_SIZE = 1001  # jobs of an array, where the cluster does not say: Slurm's own default
 QUEUE_SECONDS = 15.0  # between looks at the scheduler's queue
 
 
@@ -66,21 +70,14 @@ class Slurm:
     ) -> None:
         """See `Executor`; the folder of runs must be seen by all nodes."""
         out, longest_first = work.out, list(work)
-        executor = submitit.AutoExecutor(out.resolve() / "slurm", cluster=self.cluster)
-        executor.update_parameters(
-            name="mad-efla",
-            timeout_min=24 * 60,
-            slurm_array_parallelism=self.slots,
-            cpus_per_task=1,
-            **({"gpus_per_node": 1} if self.device == "cuda" else {}),
-        )
         names = [r.fingerprint for r in longest_first]
         make = _Make(str(out.resolve()), self.device, limits)
         os.environ.update(processes.ENVIRONMENT | os.environ)  # which jobs inherit
+        jobs: dict[str, submitit.Job] = {}
         with pool.terminate_as_interrupt():
-            jobs = dict(zip(names, executor.map_array(make, names), strict=True))
-            queue = _Queue(jobs) if self.cluster == "slurm" else _Processes(jobs)
             try:
+                self._submit(make, names, jobs, out.resolve() / "slurm")
+                queue = _Queue(jobs) if self.cluster == "slurm" else _Processes(jobs)
                 follow(
                     work,
                     longest_first,
@@ -94,6 +91,51 @@ class Slurm:
                     if not job.paths.result_pickle.exists():
                         job.cancel(check=False)  # SIGTERM, and SIGKILL later
                 mark_interrupted(work.runs, out)
+
+    def _submit(self, make: "_Make", names: list[str], jobs: dict[str, submitit.Job], folder: Path) -> None:
+        """Submit a job for each run, in arrays of the size that the cluster allows.
+
+        Args:
+            make: Makes a run in a job.
+            names: The runs.
+            jobs: Takes the jobs, those of each array as soon as it is submitted.
+            folder: Where Slurm's logs go.
+
+        Raises:
+            ConfigError: The cluster does not take them.
+        """
+        size = array_size()
+        together = max(1, self.slots // size)  # arrays that may run side by side
+        arrays: list[str] = []
+        for start in range(0, len(names), size):
+            batch = names[start : start + size]
+            before = f"afterany:{arrays[-together]}" if len(arrays) >= together else None
+            executor = submitit.AutoExecutor(folder, cluster=self.cluster)
+            executor.update_parameters(
+                name="mad-efla",
+                timeout_min=24 * 60,
+                slurm_array_parallelism=self.slots // together,
+                cpus_per_task=1,
+                slurm_additional_parameters={"dependency": before} if before else {},
+                **({"gpus_per_node": 1} if self.device == "cuda" else {}),
+            )
+            try:
+                found = executor.map_array(make, batch)
+            except (FailedJobError, FailedSubmissionError) as error:
+                raise ConfigError(f"--executor slurm: sbatch refuses the jobs: {error}") from error
+            jobs |= dict(zip(batch, found, strict=True))
+            arrays.append(found[0].job_id.partition("_")[0])
+
+
+def array_size() -> int:
+    """Return how many jobs an array of this cluster may have: its MaxArraySize, if it says so."""
+    try:
+        command = ["scontrol", "show", "config"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ARRAY_SIZE
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", told, re.MULTILINE)
+    return max(1, int(found[1])) if found else ARRAY_SIZE
 
 
 def _ended(job: submitit.Job, lost: bool, out: Path, run: RunConfig) -> bool:

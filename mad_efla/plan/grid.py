@@ -5,7 +5,8 @@
     cells:  [{optim.lr: 1e-3, train.steps: 500}, {optim.lr: 5e-3}]       written out
     sample: {method: sobol, count: 16, seed: 0, over: {optim.lr: {log: [1e-4, 1e-2]}}}
 
-Where a plan has several of them, their points are combined. Each field is varied in one place.
+Where a plan has several of them, their points are combined. Each field is varied in one place. A
+field of a mixer, `mixers.efla.heads`, is varied of the mixers that it names and of no other.
 """
 
 import itertools
@@ -14,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from mad_efla import config
 from mad_efla.config import ConfigError, Document, Section, suggest
+from mad_efla.plan import fields
+from mad_efla.plan.fields import Address, Change, entry_name
 
 
 class Range(Section):
@@ -135,84 +137,61 @@ class Points(Section):
     unmatched: bool = False
 
 
-def check(plan: Points, document: Document, mixers: list[str]) -> None:
-    """Refuse what cannot be meant: empty axes, a field varied twice, grids that do not match.
+def check(plan: Points, document: Document, mixers: list[Any], task: str) -> None:
+    """Refuse what cannot be meant: unknown fields, empty axes, a field varied twice, unmatched grids.
 
     Args:
         plan: The plan's points.
         document: Where it was read from.
-        mixers: The names of the plan's mixers, hybrids as `attention+efla`.
+        mixers: The plan's mixers.
+        task: The name of the task that is swept.
 
     Raises:
         ConfigError: With the place and the cure.
     """
-    if plan.prune and not plan.search:
-        raise ConfigError(f"{document.place(('prune',))}: prune={plan.prune} ends trials; it needs a search")
-    varied = [kind for kind, fields in _fields(plan) if fields and kind != "search"]
-    if plan.search and varied:
-        raise ConfigError(
-            f"{document.place(('search',))}: search proposes all points by itself; take out "
-            f"{', '.join(varied)}, or search"
-        )
-    seen: dict[str, str] = {}
-    for kind, fields in _fields(plan):
-        for field in fields:
-            place = document.place((kind, field))
-            if field in seen:
-                raise ConfigError(f"{place}: {field} is varied in {seen[field]} and in {kind}; leave one of them")
-            seen[field] = kind
-    axes = [("grid", f, v) for f, v in plan.grid.items()]
-    axes += [("zip", f, v) for f, v in plan.zip.items()]
-    for kind, field, values in axes:
-        if not values:
-            place = document.place((kind, field))
-            raise ConfigError(f"{place}: {kind}.{field}=[] must list at least one value")
-    lengths = {field: len(values) for field, values in plan.zip.items()}
-    if len(set(lengths.values())) > 1:
-        raise ConfigError(f"{document.place(('zip',))}: zip must have equally many values, {lengths}")
-    if plan.per_mixer and not plan.unmatched:
-        raise ConfigError(
-            f"{document.place(('per_mixer',))}: per_mixer gives mixers grids of their own, and "
-            "then a difference may be the grids'; give all one grid, or say unmatched: true"
-        )
-    for mixer, fields in plan.per_mixer.items():
-        place = document.place(("per_mixer", mixer))
-        if mixer not in mixers:
-            raise ConfigError(f"{place}: per_mixer.{mixer}: no such mixer{suggest(mixer, mixers)}")
-        for field, values in fields.items():
-            if field not in plan.grid or not values:
-                raise ConfigError(
-                    f"{document.place(('per_mixer', mixer, field))}: per_mixer.{mixer}.{field} "
-                    f"must list values for a field of grid{suggest(field, list(plan.grid))}"
-                )
+    _check_search(plan, document)
+    _check_fields(plan, document, mixers, task)
+    _check_axes(plan, document)
+    _check_per_mixer(plan, document, [entry_name(entry) for entry in mixers])
 
 
-def points(plan: Points, document: Document, mixer: str, settled: set[str]) -> list[tuple[Document, ...]]:
-    """Return the points of one mixer, as overrides to be laid over a run.
+def points(plan: Points, document: Document, index: int, entry: Any, settled: set[str]) -> list[tuple[Change, ...]]:
+    """Return the points of one mixer, as changes to be made to a run.
 
     Args:
         plan: The plan's points, checked.
         document: Where it was read from, for the places of errors.
-        mixer: The mixer's name.
+        index: The mixer's number in the plan.
+        entry: The mixer as the plan has it.
         settled: Fields that `--set` has given a value; they are not varied.
     """
-    grid = plan.grid | plan.per_mixer.get(mixer, {})
-    sources: list[list[Document]] = [
-        [_document({field: value}, document, "grid", field) for value in values]
-        for field, values in grid.items()
-        if field not in settled
-    ]
-    zipped = {f: v for f, v in plan.zip.items() if f not in settled}
-    drawn = plan.sample.draw() if plan.sample else []
-    for kind, rows in (
-        ("zip", [dict(zip(zipped, row, strict=True)) for row in zip(*zipped.values(), strict=True)]),
-        ("cells", plan.cells),
-        ("sample", drawn),
-    ):
-        left = [{f: v for f, v in row.items() if f not in settled} for row in rows]
+    axes = plan.grid | plan.per_mixer.get(entry_name(entry), {})
+    zipped = [dict(zip(plan.zip, row, strict=True)) for row in zip(*plan.zip.values(), strict=True)]
+    kinds = [("grid", [{field: value} for value in values]) for field, values in axes.items()]
+    kinds += [("zip", zipped), ("cells", plan.cells), ("sample", plan.sample.draw() if plan.sample else [])]
+    sources: list[list[tuple[Change, ...]]] = []
+    for kind, rows in kinds:
+        left: list[tuple[Change, ...]] = []
+        for number, row in enumerate(rows):
+            changes = tuple(
+                Change(field, value, _place(document, kind, number, field))
+                for field, value in row.items()
+                if field not in settled and _is_meant(field, index, entry)
+            )
+            if [change[:2] for change in changes] not in [[change[:2] for change in other] for other in left]:
+                left.append(changes)
         if left:
-            sources.append([_document(row, document, kind, next(iter(row), "")) for row in left])
-    return list(itertools.product(*sources))
+            sources.append(left)
+    return [tuple(itertools.chain(*parts)) for parts in itertools.product(*sources)]
+
+
+def _is_meant(field: str, index: int, entry: Any) -> bool:
+    address = Address.read(field)
+    return address is None or bool(address.parts(index, entry))
+
+
+def _place(document: Document, kind: str, number: int, field: str) -> str:
+    return document.place((kind, number, field) if kind == "cells" else (kind, field))
 
 
 def _fields(plan: Points) -> list[tuple[str, list[str]]]:
@@ -227,5 +206,73 @@ def _fields(plan: Points) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _document(values: dict[str, Any], document: Document, kind: str, field: str) -> Document:
-    return config.from_paths(values, document.place((kind, field)))
+def _check_search(plan: Points, document: Document) -> None:
+    """A search stands alone, and only a search has trials to prune."""
+    if plan.prune and not plan.search:
+        raise ConfigError(f"{document.place(('prune',))}: prune={plan.prune} ends trials; it needs a search")
+    if plan.search is None:
+        return
+    if varied := [kind for kind, found in _fields(plan) if found and kind != "search"]:
+        raise ConfigError(
+            f"{document.place(('search',))}: search proposes all points by itself; take out "
+            f"{', '.join(varied)}, or search"
+        )
+    for field in plan.search.over:
+        if Address.read(field):
+            raise ConfigError(
+                f"{document.place(('search', 'over', field))}: search.over.{field}: a search ranges over what all "
+                "mixers share; vary a mixer's own field in grid, or list its forms under mixers"
+            )
+
+
+def _check_fields(plan: Points, document: Document, mixers: list[Any], task: str) -> None:
+    """Each varied name is a field, and is varied in one place."""
+    seen: dict[str, str] = {}
+    for kind, found in _fields(plan):
+        for field in found:
+            places = [(kind, "over", field)] if kind in ("sample", "search") else [(kind, field)]
+            if kind == "cells":
+                places = [("cells", number, field) for number, cell in enumerate(plan.cells) if field in cell]
+            place = document.place(places[0])
+            fields.check_any(field, task, mixers, place)
+            if field in seen:
+                raise ConfigError(f"{place}: {field} is varied in {seen[field]} and in {kind}; leave one of them")
+            seen[field] = kind
+    for kind, axes in (("grid", plan.grid), ("zip", plan.zip)):
+        for field, values in axes.items():
+            for value in values:
+                fields.check_inside(field, value, task, document.place((kind, field)))
+    for number, cell in enumerate(plan.cells):
+        for field, value in cell.items():
+            fields.check_inside(field, value, task, document.place(("cells", number, field)))
+
+
+def _check_axes(plan: Points, document: Document) -> None:
+    """No axis is empty, and those that are taken side by side are equally long."""
+    for kind, axes in (("grid", plan.grid), ("zip", plan.zip)):
+        for field, values in axes.items():
+            if not values:
+                place = document.place((kind, field))
+                raise ConfigError(f"{place}: {kind}.{field}=[] must list at least one value")
+    lengths = {field: len(values) for field, values in plan.zip.items()}
+    if len(set(lengths.values())) > 1:
+        raise ConfigError(f"{document.place(('zip',))}: zip must have equally many values, {lengths}")
+
+
+def _check_per_mixer(plan: Points, document: Document, mixers: list[str]) -> None:
+    """Grids of single mixers are called unmatched, and change fields of the grid."""
+    if plan.per_mixer and not plan.unmatched:
+        raise ConfigError(
+            f"{document.place(('per_mixer',))}: per_mixer gives mixers grids of their own, and "
+            "then a difference may be the grids'; give all one grid, or say unmatched: true"
+        )
+    for mixer, axes in plan.per_mixer.items():
+        place = document.place(("per_mixer", mixer))
+        if mixer not in mixers:
+            raise ConfigError(f"{place}: per_mixer.{mixer}: no such mixer{suggest(mixer, mixers)}")
+        for field, values in axes.items():
+            if field not in plan.grid or not values:
+                raise ConfigError(
+                    f"{document.place(('per_mixer', mixer, field))}: per_mixer.{mixer}.{field} "
+                    f"must list values for a field of grid{suggest(field, list(plan.grid))}"
+                )

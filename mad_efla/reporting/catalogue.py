@@ -11,7 +11,7 @@ import mad_efla.mixers
 import mad_efla.tasks
 from mad_efla import config, plugins
 from mad_efla.config import ConfigError, suggest
-from mad_efla.plan.expand import Plan
+from mad_efla.plan.request import Plan
 from mad_efla.plan.run import build_task
 from mad_efla.tasks import RealTask
 from mad_efla.training import data, model

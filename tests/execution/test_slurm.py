@@ -62,6 +62,69 @@ def test_a_job_is_lost_when_it_was_away_from_the_queue_twice_in_a_row(queue, mon
     assert looks == [False] * 5 + [True, False]
 
 
+@pytest.fixture
+def scheduler(tmp_path, monkeypatch):
+    """Be `sbatch`, which keeps what it was given, and `scontrol`, whose answer is a file."""
+    commands = {
+        "sbatch": f'n=$(ls {tmp_path} | grep -c "^script"); cp "$1" {tmp_path}/script$n; echo Submitted batch job 7$n',
+        "srun": "exit 1",
+        "scontrol": f"exec cat {tmp_path}/config",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    return tmp_path
+
+
+def _submitted(folder, workers, names):
+    """Submit runs; return what sbatch was told of each array, and the jobs."""
+    from mad_efla.execution import slurm
+
+    jobs = {}
+    make = slurm._Make(str(folder), "cpu", slurm.NO_LIMITS)
+    slurm.Slurm("cpu", workers, 1)._submit(make, names, jobs, folder / "slurm")
+    told = []
+    for script in sorted(folder.glob("script*")):
+        lines = script.read_text().splitlines()
+        told.append([line.split("=")[1] for line in lines if line.startswith(("#SBATCH --array", "#SBATCH --dep"))])
+    return told, jobs
+
+
+def test_what_is_more_than_an_array_may_hold_waits_in_further_arrays(scheduler):
+    pytest.importorskip("submitit")
+    (scheduler / "config").write_text("Configuration data\nMaxArraySize            = 3\nMaxJobCount = 9\n")
+    names = [f"run{i}" for i in range(7)]
+    told, jobs = _submitted(scheduler, 2, names)
+    assert told == [["0-2%2"], ["0-2%2", "afterany:70"], ["afterany:71"]]
+    assert [job.job_id for job in jobs.values()] == ["70_0", "70_1", "70_2", "71_0", "71_1", "71_2", "72"]
+    assert list(jobs) == names
+
+
+def test_more_jobs_at_once_than_an_array_may_hold_are_arrays_side_by_side(scheduler):
+    pytest.importorskip("submitit")
+    (scheduler / "config").write_text("MaxArraySize = 2\n")
+    told, _ = _submitted(scheduler, 4, [f"run{i}" for i in range(6)])
+    assert told == [["0-1%2"], ["0-1%2"], ["0-1%2", "afterany:70"]]
+
+
+def test_a_cluster_that_does_not_tell_is_taken_to_have_slurms_own_default(scheduler):
+    pytest.importorskip("submitit")
+    from mad_efla.execution import slurm
+
+    assert slurm.array_size() == 1001
+    (scheduler / "bin" / "scontrol").unlink()
+    assert slurm.array_size() == 1001
+
+
+def test_what_sbatch_refuses_is_told_in_its_own_words(scheduler):
+    pytest.importorskip("submitit")
+    (scheduler / "bin" / "sbatch").write_text("#!/bin/sh\necho 'Job violates accounting policy' >&2\nexit 1\n")
+    with pytest.raises(ConfigError, match=r"sbatch refuses the jobs: .*Job violates accounting policy"):
+        _submitted(scheduler, 2, ["run0"])
+
+
 @pytest.mark.cluster
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # submitit leaves its processes to the collector
 def test_jobs_and_this_process_give_equal_bits(tmp_path, slurm):

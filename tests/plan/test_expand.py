@@ -48,11 +48,13 @@ def test_named_settings_override_anything(tmp_path):
     found = expanded(tmp_path, plan)
     assert [(r.setting, r.task.seq_len, r.steps) for r in found.runs[::4]] == [("easy", 8, 5), ("hard", 12, 20)]
     message = refused(tmp_path, plan=plan.replace("recall:", "recal:"))
-    assert "settings has none for task 'recall'; did you mean 'recal'?" in message
+    assert "plan.yaml:5: settings.recal: no such task; did you mean 'recall'?" in message
+    message = refused(tmp_path, plan=plan.replace("recall:", "parity:").replace("task.seq_len: 8, ", ""))
+    assert "settings has none for task 'recall'" in message
 
 
 def test_fields_can_hold_for_one_task_only(tmp_path):
-    plan = PLAN + "per_task:\n  recall: {train.steps: 7}\n  other: {train.steps: 9}\n"
+    plan = PLAN + "per_task:\n  recall: {train.steps: 7}\n  parity: {train.steps: 9}\n"
     assert {r.steps for r in expanded(tmp_path, plan).runs} == {7}
     message = refused(tmp_path, plan=plan.replace("train.steps: 7", "task.no: 7"))
     assert "plan.yaml:11: task.no: unknown key" in message
@@ -148,7 +150,20 @@ def test_a_bad_task_file_is_refused_with_its_line(tmp_path, task, message):
         ("lr=3", "--set lr=3: lr: unknown key"),
         ("optim=3", "--set optim=3: optim=3 must be a mapping"),
         ("optim..lr=3", "'optim..lr' is no field"),
-        ("protocol=mad", "plan.yaml:6: model.width=16 departs from protocol 'mad'"),
+        ("protocol=mad", "plan.yaml:6: model.width=16 departs from protocol 'mad', which fixes it to 128"),
+        ("task.name=parity", "task.name is no field of a run; it belongs to the task file"),
+        ("seed=3", "seed is no field of a run; seeds are listed in `seeds`, as in seeds=[3]"),
+        ("setting=hard", "settings are picked by `settings`, as in settings=hard"),
+        ("code={}", "--set code={}: code: unknown key"),
+        ("lr=3", "did you mean 'optim.lr'?"),
+        ("settings=hard", "--set settings=hard: task recall has no such setting under plan plan; known: baseline"),
+        ("optim.lr=[]", "--set optim.lr=[]: grid.optim.lr=[] must list at least one value"),
+        ("optim.betas=[0.9]", "--set optim.betas=[0.9]: optim.betas"),
+        ("mixers.hedas=4", "no mixer that is meant has a field hedas. efla has heads, "),
+        ("mixers.elfa.heads=4", "the plan has no mixer elfa; did you mean 'efla'?"),
+        ("mixers[2].heads=4", "mixers[2].heads: the plan has 2 mixers, 0 to 1"),
+        ("mixers[0].width=4", "no mixer that is meant has a field width. efla has heads, "),
+        ("mixers.heads=many", '--set mixers.heads=many: mixers[0].heads="many": input should be'),
     ],
 )
 def test_a_bad_override_is_refused_by_name(tmp_path, text, message):
@@ -221,3 +236,125 @@ def test_limits_are_the_sweeps_and_no_part_of_a_run(tmp_path):
     assert "plan.yaml:10: limits.minutes=-1: input should be greater than 0" in message
     message = refused(tmp_path, plan=plan.replace("minutes", "hours"))
     assert "plan.yaml:10: limits.hours: unknown key" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("per_task: {recal: {train.steps: 7}}", "plan.yaml:10: per_task.recal: no such task; did you mean 'recall'?"),
+        ("per_task: {parity: {train.step: 7}}", "plan.yaml:10: train.step: unknown key; did you mean 'steps'?"),
+        ("per_task: {parity: {task.vocab_size: 7}}", "plan.yaml:10: task.vocab_size: unknown key"),
+        ("per_task: {parity: {train: {step: 7}}}", "plan.yaml:10: train.step: unknown key"),
+        ("per_task: {'no.such:Task': {}}", "plan.yaml:10: per_task.no.such:Task: task 'no.such:Task'"),
+        ("grid: {mixers: [[efla], [mamba2]]}", "plan.yaml:10: mixers is no field of a run; it would take the place of"),
+        ("grid: {seed: [1, 2]}", "plan.yaml:10: seed is no field of a run; seeds are listed in `seeds`"),
+        ("grid: {seeds: [[1], [2]]}", "seeds is no field of a run; it belongs to the plan"),
+        ("grid: {task.name: [parity]}", "task.name is no field of a run"),
+        ("grid: {protocol: [mad]}", "protocol is no field of a run; it belongs to the plan"),
+        ("grid: {lr: [0.1]}", "plan.yaml:10: lr: unknown key; did you mean 'optim.lr'?"),
+        ("grid: {optim: [{rl: 0.1}]}", "plan.yaml:10: optim.rl: unknown key; did you mean 'lr'?"),
+        ("grid: {mixers.gla.heads: [2]}", "plan.yaml:10: mixers.gla.heads: the plan has no mixer gla"),
+        ("zip: {optim.rl: [0.1]}", "plan.yaml:10: optim.rl: unknown key"),
+        ("cells:\n- {optim.lr: 0.1}\n- {train.stop: 3}", "plan.yaml:12: train.stop: unknown key"),
+        ("sample: {method: random, count: 2, over: {optim.rl: {log: [1, 2]}}}", "plan.yaml:10: optim.rl: unknown key"),
+        (
+            "sample: {method: random, count: 2, over: {optim.lr: {lgo: [1, 2]}}}",
+            "plan.yaml:10: sample.over.optim.lr.lgo: unknown key; did you mean 'log'?",
+        ),
+        ("choose: {seed: [5]}", "plan.yaml:10: choose.seed: unknown key; did you mean 'seeds'?"),
+        ("train: {step: 3}", "duplicate key"),
+    ],
+)
+def test_every_key_of_every_mapping_of_a_plan_must_mean_something(tmp_path, text, message):
+    assert message in refused(tmp_path, plan=PLAN + text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{recall: {easy: {}}, pariti: {easy: {}}}", "settings.pariti: no such task; did you mean 'parity'?"),
+        ("{recall: {easy: {}}, parity: {easy: {task.vocab_size: 8}}}", "task.vocab_size: unknown key"),
+        ("{recall: {easy: {seeds: [3]}}}", "seeds is no field of a run"),
+        ("{recall: {}}", "settings.recall={} must have a setting"),
+    ],
+)
+def test_settings_of_tasks_that_are_not_swept_are_checked_too(tmp_path, settings, message):
+    assert message in refused(tmp_path, plan=PLAN.replace("baseline", settings))
+
+
+def test_what_a_task_file_varies_is_checked_where_the_plan_does_not_use_it(tmp_path):
+    message = refused(tmp_path, task=TASK.replace("task.vocab_size", "task.vocab"))
+    assert "task.yaml:4: task.vocab: unknown key; did you mean 'vocab_size'?" in message
+
+
+def test_a_field_of_mixers_is_set_where_there_is_one(tmp_path):
+    mixers = "mixers=[efla, {name: deltanet, heads: 8}, identity, [identity, efla]]"
+
+    def labels(*sets):
+        runs = expanded(tmp_path, sets=[mixers, "seeds=[0]", "model.depth=2", *sets]).runs
+        return [run.mixer for run in runs]
+
+    four = "efla(heads=4)", "deltanet(heads=4)"
+    assert labels("mixers.heads=4") == [*four, "identity", "identity+efla(heads=4)"]
+    assert labels("mixers.efla.heads=4") == [four[0], "deltanet", "identity", "identity+efla(heads=4)"]
+    assert labels("mixers[1].heads=4") == ["efla", four[1], "identity", "identity+efla"]
+    assert labels("mixers[3].heads=4") == ["efla", "deltanet", "identity", "identity+efla(heads=4)"]
+
+
+def test_a_grid_over_a_mixers_own_field_is_its_own(tmp_path):
+    grid = "grid: {mixers.efla.heads: [1, 2, 4]}\nzip: {mixers.deltanet.heads: [1, 4], optim.lr: [0.1, 0.2]}\n"
+    found = [(r.mixer, r.optim.lr) for r in expanded(tmp_path, PLAN + grid, sets=["seeds=[0]"]).runs]
+    assert found == [(f"efla(heads={h})", lr) for h in (1, 2, 4) for lr in (0.1, 0.2)] + [
+        ("deltanet(heads=1)", 0.1),
+        ("deltanet(heads=4)", 0.2),
+    ]
+    settled = expanded(tmp_path, PLAN + grid, sets=["seeds=[0]", "mixers.heads=8", "optim.lr=0.5"]).runs
+    assert [(r.mixer, r.optim.lr) for r in settled] == [("efla", 0.5), ("deltanet", 0.5)]
+
+
+def test_a_list_for_a_field_of_one_value_is_a_grid(tmp_path):
+    found = expanded(tmp_path, sets=["optim.lr=[1e-3, 1e-2]", "mixers=[efla]", "seeds=[0]"])
+    assert [r.optim.lr for r in found.runs] == [1e-3, 1e-2]
+    found = expanded(tmp_path, sets=["mixers.efla.heads=[1, 4]", "seeds=[0]", "optim.betas=[0.5, 0.6]"])
+    assert [r.mixer for r in found.runs] == ["efla(heads=1)", "efla(heads=4)", "deltanet(heads=2)"]
+    assert {r.optim.betas for r in found.runs} == {(0.5, 0.6)}
+    unmatched = PLAN.replace("protocol: custom\n", "unmatched: true\n") + (
+        "grid: {optim.lr: [0.1]}\nper_mixer: {efla: {optim.lr: [0.3]}}\n"
+    )
+    found = expanded(tmp_path, unmatched, sets=["optim.lr=[0.5, 0.6]", "seeds=[0]"])
+    assert [r.optim.lr for r in found.runs] == [0.5, 0.6] * 2
+
+
+def test_set_reaches_into_the_mappings_of_a_plan(tmp_path):
+    found = expanded(tmp_path, sets=["grid.optim.lr=[1e-3, 1e-2]", "per_task.recall.train.steps=5", "seeds=[0]"])
+    assert {(r.optim.lr, r.steps) for r in found.runs} == {(1e-3, 5), (1e-2, 5)}
+
+
+def test_settings_are_picked_by_label(tmp_path):
+    plan = PLAN.replace("baseline", "{recall: {easy: {task.seq_len: 8}, hard: {}, harder: {task.seq_len: 16}}}")
+    assert {r.setting for r in expanded(tmp_path, plan, sets=["settings=hard"]).runs} == {"hard"}
+    assert {r.setting for r in expanded(tmp_path, plan, sets=["settings=[easy, hard]"]).runs} == {"easy", "hard"}
+    assert {r.setting for r in expanded(tmp_path, plan, sets=["settings=baseline"]).runs} == {"baseline"}
+    varied = expanded(tmp_path, PLAN.replace("baseline", "all"), sets=["settings=vocab_size=10"])
+    assert {r.task.vocab_size for r in varied.runs} == {10}
+    message = refused(tmp_path, plan=plan, sets=["settings=hrad"])
+    assert "did you mean 'hard'?" in message
+
+
+def test_only_the_shipped_plan_has_a_shipped_plans_name(tmp_path):
+    (tmp_path / "task.yaml").write_text(TASK)
+    (tmp_path / "my").mkdir()
+    shipped = next(p for p in config.presets("sweeps") if p.stem == "quick")
+    names = []
+    for path, text in (
+        ("my/quick.yaml", PLAN),
+        ("quick.yaml", PLAN),
+        ("other.yaml", PLAN),
+        ("my/other.yaml", PLAN),
+        ("my/quick.yaml", shipped.read_text()),
+    ):
+        (tmp_path / path).write_text(text)
+        names.append(expand.expand("task.yaml", path, [], "float32").plan)
+    assert names == ["my/quick", "quick.yaml", "other", "my/other", "quick"]
+    assert expand.expand("task.yaml", str(shipped), [], "float32").plan == "quick"
+    assert expand.expand("task.yaml", str(tmp_path / "my" / "other.yaml"), [], "float32").plan == "my/other"

@@ -99,6 +99,10 @@ def test_unmatched_grids_are_refused_unless_they_are_called_so(tmp_path):
         ("grid: {optim.lr: [1.0]}\nzip: {optim.lr: [2.0]}\n", "optim.lr is varied in grid and in zip"),
         ("zip: {optim.lr: [1.0], optim.weight_decay: [0.0, 0.1]}\n", "equally many values"),
         ("zip: {optim.lr: []}\n", "zip.optim.lr=[] must list at least one value"),
+        (
+            "search: {method: tpe, trials: 3, over: {mixers.efla.heads: {choice: [1, 2]}}}\n",
+            "search.over.mixers.efla.heads: a search ranges over what all mixers share",
+        ),
         ("grid: {optim.lr: []}\n", "grid.optim.lr=[] must list at least one value"),
         ("grid: {optim.lr: [x]}\n", 'plan.yaml:10: optim.lr="x"'),
         ("cells: [{optim.rl: 1.0}]\n", "optim.rl: unknown key; did you mean 'lr'?"),
