@@ -60,7 +60,7 @@ def with_mixer(package, **fields):
     ("plan", "task", "name"),
     [
         ("mad", "recall", "d6edca137980e2b6"),
-        ("quick", "recall", "3fc3614673aad295"),
+        ("quick", "recall", "aafa75a4c7f06801"),
         ("mad_mini", "compression", "51a8d2a6b68461ad"),
     ],
 )

@@ -90,8 +90,8 @@ def test_shipped_plans_keep_to_their_protocol_whatever_it_leaves_free(protocol):
         ("mad", "train.eval_every=5", "train.eval_every=5 by --set (mad: none)"),
         ("mad", "task.vocab_size=20", "task.vocab_size=20 by --set (mad: 16 or 32 or 64 or 128)"),
         ("mad_lab", "task.multi_query=false", "task.multi_query=false by --set (mad-lab: true)"),
-        ("quick", "optim.lr=0.5", "optim.lr=0.5 by --set (quick: 0.005)"),
-        ("quick", "train.steps=5000", "train.steps=5000 by --set (quick: 250)"),
+        ("quick", "optim.lr=0.5", "optim.lr=0.5 by --set (quick: 0.002 or 0.006 or 0.02)"),
+        ("quick", "train.steps=5000", "train.steps=5000 by --set (quick: 500)"),
         ("mad_mini", "train.batch_size=32", "(mad-mini: 64 or 32 or 16, though not beside the run's other values)"),
     ],
 )
