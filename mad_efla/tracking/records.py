@@ -72,8 +72,8 @@ def summary(result: Result) -> dict[str, float]:
     for name in _NUMBERS:
         found[f"total/{name}"] = getattr(result, name)
     for name, curve in corruption.curves(result).items():
-        found[f"test_area/{name}"] = corruption.area(*curve)
-        found[f"test_half/{name}"] = corruption.half(*curve, NEUTRAL.get(name, 0.0))
+        found[f"test_area/{name}"] = corruption.mean_accuracy(*curve)
+        found[f"test_half/{name}"] = corruption.half_accuracy_severity(*curve, NEUTRAL.get(name, 0.0))
     found["total/diverged"] = float(result.status == "diverged")
     return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
 
