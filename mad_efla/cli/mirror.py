@@ -17,7 +17,7 @@ from mad_efla.cli.shared import draw, log_model_option, options, out_option, say
 )
 @says_errors
 def ui(out: Path, tracking_uri: str | None, host: str, port: int | None) -> None:
-    """Open MLflow on the runs."""
+    """Serve MLflow's page on the runs, opened where they stand side by side."""
     from mad_efla import tracking
 
     tracking.ui(tracking.resolve_uri(tracking_uri), out, host, port, click.echo)
