@@ -33,7 +33,7 @@ class Half(NamedTuple):
     largest: float
 
 
-class Curve(NamedTuple):
+class CorruptionCurve(NamedTuple):
     """A mixer under one corruption.
 
     Attributes:
@@ -70,7 +70,7 @@ class Arm(NamedTuple):
     runs: list[RunConfig]
     clean: Interval
     mean_area: Interval
-    curves: dict[str, Curve]
+    curves: dict[str, CorruptionCurve]
 
 
 def arms(found: Iterable[Cell]) -> list[Arm]:
@@ -86,7 +86,7 @@ def _arm(cell: Cell) -> Arm | None:
     grids = next((grid(r) for r in cell.results if r.probes), None)
     if grids is None:
         return None
-    areas = [[area(s, c) for s, c in curves(r, grids).values()] for r in cell.results]
+    areas = [[mean_accuracy(s, c) for s, c in curves(r, grids).values()] for r in cell.results]
     return Arm(
         task=cell.task,
         setting=cell.setting,
@@ -98,15 +98,15 @@ def _arm(cell: Cell) -> Arm | None:
     )
 
 
-def _curve(name: str, grids: dict[str, list[float]], seeds: list[Result]) -> Curve:
+def _curve(name: str, grids: dict[str, list[float]], seeds: list[Result]) -> CorruptionCurve:
     severities = grids[name]
     each = [curves(r, grids)[name].accuracy for r in seeds]
-    halves = [half(severities, c, NEUTRAL.get(name, 0.0)) for c in each]
+    halves = [half_accuracy_severity(severities, c, NEUTRAL.get(name, 0.0)) for c in each]
     finite = [p.finite for r in seeds for p in r.probes if p.name == name]
-    return Curve(
+    return CorruptionCurve(
         severities=severities,
         accuracy=[interval(list(at)) for at in zip(*each, strict=True)],
-        area=interval([area(severities, c) for c in each]),
+        area=interval([mean_accuracy(severities, c) for c in each]),
         half=Half(statistics.median_low(halves), min(halves), max(halves)),
         finite=min(finite, default=0.0),
     )
@@ -142,7 +142,7 @@ def curves(result: Result, grids: dict[str, list[float]] | None = None) -> dict[
     }
 
 
-def area(severities: list[float], accuracy: list[float]) -> float:
+def mean_accuracy(severities: list[float], accuracy: list[float]) -> float:
     """Return the mean accuracy over the range of severities; see above."""
     if len(severities) == 1:
         return accuracy[0]
@@ -151,8 +151,14 @@ def area(severities: list[float], accuracy: list[float]) -> float:
     return total / (severities[-1] - severities[0])
 
 
-def half(severities: list[float], accuracy: list[float], neutral: float) -> float:
-    """Return the severity at which accuracy halves, inf where it does not; see above."""
+def half_accuracy_severity(severities: list[float], accuracy: list[float], neutral: float) -> float:
+    """Return the severity at which accuracy halves, inf where it does not; see above.
+
+    Args:
+        severities: Rising.
+        accuracy: At each, in [0, 1].
+        neutral: The severity that changes nothing; lower ones are left out.
+    """
     beyond = [(s, a) for s, a in zip(severities, accuracy, strict=True) if s >= neutral]
     wanted = beyond[0][1] / 2
     if wanted == 0:

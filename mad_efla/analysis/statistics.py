@@ -55,7 +55,13 @@ class Difference(NamedTuple):
 
 
 def interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> Interval:
-    """Return the mean over seeds at one setting with Student's interval, cut to [low, high]."""
+    """Return the mean over seeds at one setting with Student's interval, cut to [low, high].
+
+    Args:
+        values: One per seed; a single one has no interval.
+        low: The least value there can be.
+        high: The largest value there can be.
+    """
     return weighted([values], [1.0], low, high)
 
 

@@ -18,7 +18,13 @@ def bench() -> None:
     plan_option,
     set_option,
     device_option,
-    click.option("--rounds", type=click.IntRange(4), default=10, show_default=True),
+    click.option(
+        "--rounds",
+        type=click.IntRange(4),
+        default=10,
+        show_default=True,
+        help="Steps timed of each, in turn; the median counts.",
+    ),
     click.option(
         "--to",
         type=click.Path(path_type=Path, dir_okay=False),
@@ -152,8 +158,10 @@ def bench_device(
 @bench.command("data")
 @click.argument("tasks", nargs=-1)
 @options(
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
-    click.option("--rounds", type=click.IntRange(1), default=1, show_default=True),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Draws the data."),
+    click.option(
+        "--rounds", type=click.IntRange(1), default=1, show_default=True, help="Generations timed; the least counts."
+    ),
     data_dir_option,
 )
 @says_errors

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def score(runs: tuple[Path, ...], form: str | None) -> None:
     """Score the sweeps under RUNS, folders of runs: per mixer and task, with paired differences.
 
+    Per mixer there are means over settings with intervals over seeds, and ranks. Of every two mixers
+    it is said whether other seeds would show the same difference, and whether the settings agree.
     The grid point is chosen on validation and reported on test; protocols are never mixed.
     """
     from mad_efla.analysis.leaderboard import leaderboards

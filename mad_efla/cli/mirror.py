@@ -23,7 +23,7 @@ from mad_efla.cli.shared import draw, log_model_option, options, out_option, say
 )
 @says_errors
 def ui(out: Path, tracking_uri: str | None, host: str, allowed_hosts: str, port: int | None) -> None:
-    """Open MLflow on the runs.
+    """Serve MLflow's page on the runs, opened where they stand side by side.
 
     \b
     mad-efla ui

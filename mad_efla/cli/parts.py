@@ -33,8 +33,8 @@ def list_(kind: str, at: tuple[str, ...]) -> None:
 @click.command()
 @click.argument("task")
 @options(
-    click.option("--examples", type=click.IntRange(1, 100), default=2, show_default=True),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option("--examples", type=click.IntRange(1, 100), default=2, show_default=True, help="How many."),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws them."),
     set_option,
     data_dir_option,
     click.option(
@@ -107,9 +107,15 @@ def check(name: str, assignments: tuple[str, ...], width: int) -> None:
         help="Which: its label, its number in the file (0 is the baseline), or all.",
     ),
     click.option(
-        "--split", type=click.Choice(["train", "validation", "test", "all"]), default="all", show_default=True
+        "--split",
+        type=click.Choice(["train", "validation", "test", "all"]),
+        default="all",
+        show_default=True,
+        help="Which examples.",
     ),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="As in a run of this seed."
+    ),
     set_option,
     data_dir_option,
 )

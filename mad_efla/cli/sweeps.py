@@ -51,7 +51,7 @@ if TYPE_CHECKING:
         type=click.Choice(["local", "ray", "slurm"]),
         default="local",
         show_default=True,
-        help="Whose processes: this machine's, or a cluster's.",
+        help="Whose processes make the runs: this machine's, or a cluster's (Ray, Slurm).",
     ),
     out_option,
     tracking_option,

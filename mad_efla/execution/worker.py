@@ -26,7 +26,7 @@ class Worker:
 
     Attributes:
         pipe: Runs go out; `began` and `ended` or `elsewhere` come back, or what a full disk says.
-        process: It.
+        process: The worker's process.
         run: What it makes; None while it is idle.
         meter: How long and how large its run has grown, from when it began.
         doomed: Why it was killed by us.

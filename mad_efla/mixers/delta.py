@@ -31,8 +31,8 @@ arXiv 2512.12602 Eq. 15 (EFLA), Eq. 68 (joint); Yang et al. 2024, arXiv 2412.064
 starts as in Mamba-2); Kimi Team 2025, arXiv 2510.26692 (channel); Siems et al. 2025, arXiv
 2502.10297 (householders); Grazzi et al. 2024, arXiv 2411.12537 (what negative eigenvalues are for;
 `reflect` is our form of it). Departure: q is always scaled to unit length, as these authors do; it
-is not multiplied by Dk^-1/2, which the output norm would undo but for its eps: 1e-5 here is as
-1e-5/Dk to them.
+is not multiplied by Dk^-1/2, which the output norm would undo but for its eps: without the
+factor our eps of 1e-5 acts like 1e-5/Dk in their scale.
 """
 
 from collections.abc import Sequence

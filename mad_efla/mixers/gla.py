@@ -14,9 +14,9 @@ Source: Yang et al. 2023, arXiv 2312.06635, section 4; widths of the gate and in
 the code that came with it.
 Departures: by default a short convolution and silu on q, k and v, as in the delta family; the
 published layer has neither, `conv: 0`. q is not multiplied by Dk^-1/2, which the output norm would
-undo but for its eps: 1e-5 here is as 1e-5/Dk to the authors. The norm is RMSNorm and the gate has
-no bias, both as in that code. 8 heads of 16 x 16 at width 128, where the authors take 4 heads and
-keys half as wide as values.
+undo but for its eps: without the factor our eps of 1e-5 acts like 1e-5/Dk in their scale. The norm
+is RMSNorm and the gate has no bias, both as in that code. 8 heads of 16 x 16 at width 128, where the
+authors take 4 heads and keys half as wide as values.
 """
 
 from typing import Literal

@@ -16,7 +16,7 @@ from mad_efla.mixers import MixerConfig
 from mad_efla.tasks import Task
 
 NUMBERS = 2
-"""Increment this when a change to the code alters the results of an unchanged configuration."""
+"""Increment this when a code change alters the results of an unchanged configuration."""
 
 Protocol = Literal["mad", "mad-lab", "mad-mini", "quick", "custom", "unmatched", "exploring"]
 

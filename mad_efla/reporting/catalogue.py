@@ -82,6 +82,12 @@ def examples(task: str, assignments: Iterable[str], seed: int, count: int) -> It
 
     Real inputs are rounded to hundredths; a task that has no solver has None for its answers.
 
+    Args:
+        task: Path or name of a task file; its baseline is taken.
+        assignments: What `--set` was given, `FIELD=VALUE`.
+        seed: Draws the examples.
+        count: Sequences.
+
     Raises:
         ConfigError: The task file or an override is wrong.
     """

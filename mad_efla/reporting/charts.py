@@ -12,7 +12,7 @@ from mad_efla.analysis import curves
 from mad_efla.analysis.cells import Cell
 from mad_efla.reporting import figures
 from mad_efla.reporting.figures import robustness, spectra, sweeps
-from mad_efla.reporting.figures.sweeps import Curve, Panel, Point
+from mad_efla.reporting.figures.sweeps import Curve, Panel, StatePoint
 from mad_efla.reporting.page import Chapter
 
 _PANELS = 12  # in one figure for all tasks; beyond, each task has its own
@@ -145,7 +145,7 @@ def _memory(chapter: Chapter) -> list[Picture]:
         for score in chapter.board.tasks:
             sizes = [cell.state_size for cell in own if cell.mixer == score.mixer]
             if score.task == task and score.accuracy and score.mixer in names:
-                points.append(Point(score.mixer, (min(sizes), max(sizes)), score.accuracy))
+                points.append(StatePoint(score.mixer, (min(sizes), max(sizes)), score.accuracy))
         if len({p.states for p in points}) > 1:
             panels.append(Panel(task, "state, numbers", points))
     caption = (

@@ -11,7 +11,7 @@ from mad_efla.reporting.table import Column, Table, Value
 
 if TYPE_CHECKING:  # a second of scipy that a sweep does without
     from mad_efla.analysis.cells import Cell
-    from mad_efla.analysis.corruption import Arm, Curve
+    from mad_efla.analysis.corruption import Arm, CorruptionCurve
     from mad_efla.analysis.leaderboard import Leaderboard
     from mad_efla.spectrum.causes import Account
 
@@ -278,7 +278,7 @@ def corruption(arms: "list[Arm]") -> list[Table]:
     ]
 
 
-def halved(curve: "Curve") -> str:
+def halved(curve: "CorruptionCurve") -> str:
     """Write the severity at which a curve halves; beyond the grid it is `> 10`."""
     last = curve.severities[-1]
     median, least, largest = (f"{h:.3g}" if h <= last else f"> {last:g}" for h in curve.half)

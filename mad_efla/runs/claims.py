@@ -46,7 +46,7 @@ class Claim:
             raise Fenced(f"{self.path}: taken over by {_read(_claim(self.path.parent))}")
 
     def release(self) -> None:
-        """Let others claim; the number stays taken."""
+        """Release the claim; its number is never reused."""
         self._ended.set()
         self._beat.join()
         with contextlib.suppress(OSError):

@@ -11,10 +11,14 @@ Status = Literal["waiting", "running", "interrupted", "failed", "pruned", "diver
 
 
 class Scores(Section):
-    """Metrics of one split; accuracies in [0, 1], loss in nats per scored token.
+    """Metrics of one split.
 
-    `sequence_accuracy` is the share of sequences with all scored answers right; results of earlier
-    versions have none.
+    Attributes:
+        loss: Mean cross-entropy in nats per scored token.
+        token_accuracy: Share of scored tokens answered right, in [0, 1].
+        macro_accuracy: The same, averaged over the answers' classes.
+        sequence_accuracy: Share of sequences with all scored answers right, in [0, 1]; results of
+            earlier versions have none.
     """
 
     loss: float

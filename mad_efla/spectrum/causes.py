@@ -11,7 +11,8 @@ apart: its recurrence runs on six things that it computes from its input,
 
 and each can be computed from the clean sequence while the rest comes from the corrupted one, or
 the other way round. A part is to blame as far as it alone, corrupted, lowers the accuracy, and it
-alone, set back, restores it. Where parts act together neither does; then name them together.
+alone, set back, restores it. If parts matter only jointly, neither number shows it;
+test them as a group.
 """
 
 import math
@@ -245,7 +246,10 @@ def load(folder: RunFolder) -> Subject:
 def levels(subject: Subject, corruption: str, *, examples: int = 32) -> Iterator[Level]:
     """Diagnose a run at each severity of a corruption.
 
-    Accuracy is over the whole test split, the diagnosis over its first `examples` sequences.
+    Args:
+        subject: The trained model and its test sets.
+        corruption: By its name.
+        examples: Sequences to diagnose; accuracy is over the whole test split.
 
     Raises:
         ConfigError: The task has no such corruption.

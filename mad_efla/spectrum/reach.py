@@ -119,6 +119,15 @@ def perturbation_gain(
     relative condition number in the direction of the change: 1 where a map neither damps nor
     amplifies. An output that does not change has gain 0.
 
+    Args:
+        x: An input.
+        changed_x: The same with a small change; it must differ from x somewhere in every sequence.
+        y: The output for x.
+        changed_y: The output for changed_x.
+
+    Returns:
+        A gain for each token, without unit; inf where y is all zero and changes.
+
     Source: Trefethen and Bau, Numerical Linear Algebra, lecture 12.
     """
     whole = (torch.linalg.vector_norm(z, dim=(1, 2), dtype=torch.float64)[:, None] for z in (x, changed_x - x, y))

@@ -297,7 +297,13 @@ def identity(dynamics: Dynamics) -> Float[Tensor, "B H N N"]:
 def rescaled(
     M: Float[Tensor, "*axes N m"], log_size: Float[Tensor, "*axes"], *, tiny: float = 0.0
 ) -> tuple[Float[Tensor, "*axes N m"], Float[Tensor, "*axes"]]:
-    """Move the size of matrices that are huge, or under `tiny`, into the logarithm beside them."""
+    """Move the size of matrices that are huge, or under `tiny`, into the logarithm beside them.
+
+    Args:
+        M: The matrices, over exp(log_size).
+        log_size: Logarithm of the factor that stands beside each.
+        tiny: Largest absolute entry under which a matrix is small; 0 for never.
+    """
     size = torch.linalg.vector_norm(M, math.inf, dim=(-2, -1))
     off = (size > _HUGE) | ((size < tiny) & (size > 0))
     if not off.any():

@@ -175,6 +175,13 @@ def distinct(rng: np.random.Generator, n: int, k: int, low: int, high: int) -> I
 
     The i-th id is drawn as a rank among those not taken yet, and steps over each smaller one that
     is; so nothing as long as the range is ever held.
+
+    Args:
+        rng: The only source of randomness.
+        n: Rows.
+        k: Ids in a row, at most `high - low`.
+        low: The least id.
+        high: One more than the largest id.
     """
     columns = np.empty((k, n), token_type(high))
     rising: list[np.ndarray] = []  # the columns so far, each row in order of size

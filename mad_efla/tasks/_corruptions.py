@@ -23,29 +23,59 @@ Images = Float[np.ndarray, "n side side"]
 
 
 def dropout(images: Images, severity: float, rng: np.random.Generator) -> Images:
-    """Set pixels to 0, each with probability `severity`."""
+    """Set pixels to 0, each with probability `severity`.
+
+    Args:
+        images: In [0, 1].
+        severity: In [0, 1].
+        rng: Draws which.
+    """
     return np.where(rng.random(images.shape) < severity, 0, images)
 
 
 def intensity(images: Images, severity: float, rng: np.random.Generator) -> Images:
-    """Multiply all pixels by `severity`."""
+    """Multiply all pixels by `severity`.
+
+    Args:
+        images: In [0, 1].
+        severity: Above 0; what leaves [0, 1] is not cut off.
+        rng: Not drawn from.
+    """
     del rng
     return severity * images
 
 
 def noise(images: Images, severity: float, rng: np.random.Generator) -> Images:
-    """Add Gaussian noise of standard deviation `severity`."""
+    """Add Gaussian noise of standard deviation `severity`.
+
+    Args:
+        images: In [0, 1].
+        severity: At least 0; what leaves [0, 1] is not cut off.
+        rng: Draws the noise.
+    """
     return images + severity * rng.standard_normal(images.shape)
 
 
 def inversion(images: Images, severity: float, rng: np.random.Generator) -> Images:
-    """Mix images with their negatives."""
+    """Mix images with their negatives.
+
+    Args:
+        images: In [0, 1].
+        severity: Share of the negative, in [0, 1].
+        rng: Not drawn from.
+    """
     del rng
     return (1 - severity) * images + severity * (1 - images)
 
 
 def shift(images: Images, severity: float, rng: np.random.Generator) -> Images:
-    """Move each image by `severity` pixels to the left, right, top or bottom, drawn per image."""
+    """Move each image by `severity` pixels to the left, right, top or bottom, drawn per image.
+
+    Args:
+        images: In [0, 1].
+        severity: Pixels, rounded to a whole number; at most the side.
+        rng: Draws the directions.
+    """
     n, side = len(images), images.shape[1]
     steps = min(round(severity), side)
     wide = np.pad(images, ((0, 0), (steps, steps), (steps, steps)))
@@ -56,7 +86,13 @@ def shift(images: Images, severity: float, rng: np.random.Generator) -> Images:
 
 
 def burst(images: Images, severity: float, rng: np.random.Generator) -> Images:
-    """Saturate a run of pixels, as long as the share `severity` of an image, drawn per image."""
+    """Saturate a run of pixels, as long as the share `severity` of an image, drawn per image.
+
+    Args:
+        images: In [0, 1].
+        severity: In [0, 1].
+        rng: Draws where each run begins.
+    """
     n, length = len(images), images[0].size
     run = round(severity * length)
     first = np.floor(rng.random(n) * (length - run + 1))[:, None]
@@ -78,7 +114,14 @@ NEUTRAL = {"intensity": 1.0}
 def corrupt(
     name: str, inputs: Float[np.ndarray, "n L"], severity: float, rng: np.random.Generator
 ) -> Float[np.ndarray, "n L"]:
-    """Corrupt square images that are given as sequences, in float64, rounded once to their type."""
+    """Corrupt square images that are given as sequences, in float64, rounded once to their type.
+
+    Args:
+        name: One of `CORRUPTIONS`.
+        inputs: Images in [0, 1], row after row.
+        severity: In the range that the corruption has, see above.
+        rng: The only source of randomness; equal streams give nested corruptions.
+    """
     side = round(inputs.shape[1] ** 0.5)
     images = inputs.reshape(-1, side, side).astype(np.float64)
     changed = CORRUPTIONS[name](images, severity, rng)

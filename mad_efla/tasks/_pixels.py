@@ -79,7 +79,13 @@ class Pixels(RealTask):
 
 
 def sequences(images: Num[np.ndarray, "n rows columns"], white: int, labels: Int[np.ndarray, "n"]) -> Examples:
-    """Write images as sequences in [0, 1] with the class at the last position."""
+    """Write images as sequences in [0, 1] with the class at the last position.
+
+    Args:
+        images: Levels of grey, in [0, white].
+        white: The largest level.
+        labels: The class of each image.
+    """
     inputs = images.reshape(len(images), -1).astype(np.float32) / np.float32(white)
     targets = np.full(inputs.shape, IGNORE, token_type(CLASSES))
     targets[:, -1] = labels

@@ -75,6 +75,11 @@ class Copying(Task):
 def check_strings(vocab_size: int, seq_len: int, shortest: int | None) -> None:
     """Refuse what leaves no two letters, or no string.
 
+    Args:
+        vocab_size: Token ids in all, the bar and the pad included.
+        seq_len: Tokens of the longest sequence.
+        shortest: Tokens of the shortest training sequence; None makes all equally long.
+
     Raises:
         ValueError: Opening with the field, as validators of a task do.
     """
@@ -115,7 +120,13 @@ def strings(
 
 
 def say_again(inputs: Int[np.ndarray, "L"], bar: int, *, backwards: bool) -> Int[np.ndarray, "L"]:
-    """Answer, from the bar on, the letters before it."""
+    """Answer, from the bar on, the letters before it.
+
+    Args:
+        inputs: One sequence.
+        bar: The token between the string and its copy.
+        backwards: Answer the last letter first.
+    """
     answers = np.full(len(inputs), IGNORE)
     bars = np.flatnonzero(inputs == bar)
     if bars.size:

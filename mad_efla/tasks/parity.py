@@ -101,7 +101,16 @@ def check_lengths(seq_len: int, shortest: int | None, least: int = 1, step: int 
 def draw_lengths(
     n: int, rng: np.random.Generator, split: Split, shortest: int | None, longest: int, step: int = 1
 ) -> Int[np.ndarray, "n"]:
-    """Draw the length of each sequence: any in training, the longest where models are judged."""
+    """Draw the length of each sequence: any in training, the longest where models are judged.
+
+    Args:
+        n: Sequences.
+        rng: The only source of randomness.
+        split: Only lengths of `train` vary.
+        shortest: Tokens of the shortest; None makes all of them `longest`.
+        longest: Tokens of the longest.
+        step: Lengths are multiples of it.
+    """
     if split != "train" or shortest is None:
         return np.full(n, longest)
     return step * rng.integers(shortest // step, longest // step + 1, n)

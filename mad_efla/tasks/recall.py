@@ -139,7 +139,13 @@ def draw_pairs(
 
 
 def examples_of(pairs: Pairs, vocab_size: int, multi_query: bool) -> Examples:
-    """Write pairs as sequences, shifted by one, with the answers that are scored."""
+    """Write pairs as sequences, shifted by one, with the answers that are scored.
+
+    Args:
+        pairs: Keys and values, as `draw_pairs` returns them.
+        vocab_size: Token ids in all; the last is the copy token of single-query.
+        multi_query: Score every key seen before, not only the last.
+    """
     n, P, _ = pairs.tokens.shape
     dtype = token_type(vocab_size)
     tokens = pairs.tokens.reshape(n, 2 * P).astype(dtype)

@@ -104,7 +104,14 @@ def asked(
     values: Int[np.ndarray, "n K"],
     rng: np.random.Generator,
 ) -> Examples:
-    """Write the questions, the keys in a random order, over the end of each sequence."""
+    """Write the questions, the keys in a random order, over the end of each sequence.
+
+    Args:
+        inputs: The sequences; changed in place.
+        keys: Asked for, each once.
+        values: The answer to each key.
+        rng: Draws the order.
+    """
     K, order = keys.shape[1], rng.random(keys.shape).argsort(axis=1)
     targets = np.full_like(inputs, IGNORE)
     inputs[:, -K:] = np.take_along_axis(keys, order, axis=1)

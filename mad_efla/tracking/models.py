@@ -51,7 +51,7 @@ def _save(built: torch.nn.Module, path: str, run: RunConfig) -> None:
     packages = ("mad-efla", "torch")
     needs = [f"{name}=={metadata.version(name).split('+')[0]}" for name in packages]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is a pickle: said above, and in the README
+        warnings.simplefilter("ignore")  # that it is a pickle: said above, and in REFERENCE.md
         save_model(
             built,
             path,

@@ -107,8 +107,8 @@ def summary(result: Result) -> dict[str, float]:
     for number in _NUMBERS:
         found[f"total/{number}"] = getattr(result, number)
     for probe, curve in corruption.curves(result).items():
-        found[f"test_area/{probe}"] = corruption.area(*curve)
-        found[f"test_half/{probe}"] = corruption.half(*curve, NEUTRAL.get(probe, 0.0))
+        found[f"test_area/{probe}"] = corruption.mean_accuracy(*curve)
+        found[f"test_half/{probe}"] = corruption.half_accuracy_severity(*curve, NEUTRAL.get(probe, 0.0))
     found["total/diverged"] = float(result.status == "diverged")
     return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
 

@@ -26,7 +26,7 @@ from mad_efla.training.metrics import Tally
 
 LOG_EVERY = 10  # steps between logged training losses
 CHECKPOINT_SECONDS = 60.0
-SPECTRUM_LOGS = 16  # at most, in a run; each costs a tenth of an evaluation
+SPECTRUM_LOGS = 16  # at most this many per run, each a tenth of an evaluation
 _LOOKED_AT = 2  # sequences of the validation split
 
 Look = Callable[[model.Backbone, Tensor], dict[str, float]]

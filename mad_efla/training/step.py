@@ -291,7 +291,7 @@ def _restore(tensors: list[Tensor], values: list[Tensor]) -> None:
 
 @torch.no_grad()
 def _off(found: list[Tensor], wanted: list[Tensor], before: list[Tensor]) -> float:
-    """How far tensors are off, relative to how far they should have moved; all taken together."""
+    """Return |found - wanted| / |wanted - before| over all tensors."""
     errors = torch.stack([(x - y).norm() for x, y in zip(found, wanted, strict=True)])
     moves = torch.stack([(x - y).norm() for x, y in zip(wanted, before, strict=True)])
     return float(errors.norm() / moves.norm().clamp_min(1e-12))

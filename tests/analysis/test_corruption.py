@@ -63,7 +63,7 @@ def arms_of(runs, results):
     [([0.0, 1.0], [1.0, 0.0], 0.5), ([1.0, 2.0, 10.0], [1.0, 0.5, 0.5], (0.75 + 4) / 9), ([3.0], [0.4], 0.4)],
 )
 def test_the_area_is_the_mean_over_the_range(severities, accuracy, expected):
-    assert corruption.area(severities, accuracy) == pytest.approx(expected)
+    assert corruption.mean_accuracy(severities, accuracy) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_area_is_the_mean_over_the_range(severities, accuracy, expected):
     ],
 )
 def test_the_half_is_where_accuracy_first_halves(severities, accuracy, neutral, expected):
-    assert corruption.half(severities, accuracy, neutral) == pytest.approx(expected)
+    assert corruption.half_accuracy_severity(severities, accuracy, neutral) == pytest.approx(expected)
 
 
 def test_the_learning_rate_is_chosen_on_clean_validation_and_divergence_counts_as_nothing():

@@ -15,7 +15,7 @@ import torch
 from mad_efla import spectrum
 from mad_efla.config import ConfigError
 from mad_efla.reporting import figures, renderers, tables
-from mad_efla.reporting.figures import artifacts, spectra
+from mad_efla.reporting.figures import artifacts, quartiles, spectra
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.sweeps import read_sweeps
 from mad_efla.spectrum import Diagnosis, Gain, LayerDiagnosis
@@ -56,20 +56,20 @@ def constant(rate, heads=H):
 
 def test_a_known_decay_is_what_the_curves_show():
     made = layer(constant(0.1))
-    x = spectra.x_shares(made.tokens)
+    x = quartiles.x_shares(made.tokens)
     assert np.allclose(x.x, 0.1)
     assert x.middle[[0, -1]].tolist() == [0, 1]
-    left = spectra.products_left(made.products)
+    left = quartiles.products_left(made.products)
     assert np.allclose(left.middle, np.exp(-0.1 * left.x))
     assert np.array_equal(left.low, left.high)
-    remembering = spectra.remembering(made.products)
+    remembering = quartiles.remembering(made.products)
     assert np.array_equal(remembering.middle, remembering.x < 10 - 1e-9)
 
 
 def test_the_last_share_is_that_of_horizons_beyond_the_longest_lag():
     rates = torch.tensor([0.2, 0.01, 0.5, 0.04], dtype=torch.float64)  # horizons 5, 100, 2, 25
     made = layer(decaying(-rates[None, None, :, None].expand(B, L, 4, N)))
-    shares = spectra.remembering(made.products)
+    shares = quartiles.remembering(made.products)
     assert shares.x[[0, -1]] == pytest.approx([1, L / 2])
     at = np.interp([1.5, 3, 10, L / 2], shares.x, shares.middle)
     assert at.tolist() == [1, 0.75, 0.5, 0.5]
@@ -81,7 +81,7 @@ def test_eigenvalues_fall_into_the_bins_of_their_head_and_never_outside():
     beta = torch.tensor([0.5, 2.0, 9.0], dtype=torch.float64).expand(B, L, 3)
     tokens = spectrum.per_token(delta(keys, beta, "euler"))  # eigenvalues 0.5, -1, -8
     centres = np.arange(-5, 6) / 4
-    shares = spectra.eigenvalue_shares(tokens, centres)
+    shares = quartiles.eigenvalue_shares(tokens, centres)
     assert [int(row.argmax()) for row in shares] == [7, 1, 0]
     assert np.array_equal(shares.max(1), np.ones(3))
     assert centres[[7, 1]].tolist() == [0.5, -1]
@@ -90,7 +90,7 @@ def test_eigenvalues_fall_into_the_bins_of_their_head_and_never_outside():
 def test_x_is_read_off_at_its_share():
     keys = torch.nn.functional.normalize(randn(B, L, 4, N), dim=-1)
     beta = torch.tensor([0.5, 1, 3, 5], dtype=torch.float64).expand(B, L, 4)
-    shares = spectra.x_shares(spectrum.per_token(delta(keys, beta)))
+    shares = quartiles.x_shares(spectrum.per_token(delta(keys, beta)))
     below = [shares.middle[shares.x <= limit].max() for limit in (0.75, 2, 4, 6)]
     assert below == pytest.approx([0.25, 0.5, 0.75, 1])
 
@@ -98,13 +98,13 @@ def test_x_is_read_off_at_its_share():
 def test_errors_are_those_of_the_step_and_unit_keys_bound_them():
     keys, beta = randn(B, L, H, N), torch.full((B, L, H), 0.5, dtype=torch.float64)
     raw = spectrum.per_token(delta(keys, beta))
-    curve = spectra.error_shares(raw, "euler")
+    curve = quartiles.error_shares(raw, "euler")
     for at, share in zip(curve.x[1:-1], curve.middle[1:-1], strict=True):
         over = (spectrum.step_error(raw.x, "euler") >= at).double().mean().item()
         assert over == pytest.approx(share, abs=1 / raw.x.numel() + 1e-9)
     unit = spectrum.per_token(delta(torch.nn.functional.normalize(keys, dim=-1), beta))
-    assert spectra.error_shares(unit, "euler").x == pytest.approx(math.exp(-0.5) - 0.5)
-    assert spectra.error_shares(unit, "rk4").x.max() < spectra.error_shares(unit, "rk2").x.min()
+    assert quartiles.error_shares(unit, "euler").x == pytest.approx(math.exp(-0.5) - 0.5)
+    assert quartiles.error_shares(unit, "rk4").x.max() < quartiles.error_shares(unit, "rk2").x.min()
 
 
 def test_steps_are_compared_only_where_a_flow_is_integrated(tmp_path):
@@ -117,7 +117,7 @@ def test_orthogonal_keys_have_equal_gram_eigenvalues_and_a_repeated_key_has_one(
     keys = torch.eye(N, dtype=torch.float64).repeat(L // N, 1)[None, :, None]
     for k, expected in ((keys, [1] * N), (keys[:, :1], [N] + [0] * (N - 1))):
         dynamics.k[:] = k
-        spread = spectra.key_spread(spectrum.key_overlap(dynamics))
+        spread = quartiles.key_spread(spectrum.key_overlap(dynamics))
         assert spread.x.tolist() == [1, 2, 3, 4, 5]
         assert spread.middle == pytest.approx(expected, abs=1e-12)
 
@@ -126,13 +126,13 @@ def test_a_state_of_one_direction_has_rank_one_and_a_zero_state_none():
     dynamics = constant(0.0)
     dynamics.k[:] = dynamics.k[:, :1]
     state = spectrum.state_spectrum(dynamics)
-    assert spectra.rank_over_time(state).middle == pytest.approx(1.0)
-    assert spectra.rank_over_time(state).x[-1] == L
-    assert spectra.state_sizes(state).middle == pytest.approx([1, 0, 0, 0], abs=1e-12)
+    assert quartiles.rank_over_time(state).middle == pytest.approx(1.0)
+    assert quartiles.rank_over_time(state).x[-1] == L
+    assert quartiles.state_sizes(state).middle == pytest.approx([1, 0, 0, 0], abs=1e-12)
     dynamics.k[:] = 0
     state = spectrum.state_spectrum(dynamics)
-    assert not spectra.rank_over_time(state).middle.any()
-    assert not spectra.state_sizes(state).middle.any()
+    assert not quartiles.rank_over_time(state).middle.any()
+    assert not quartiles.state_sizes(state).middle.any()
 
 
 def test_a_state_that_keeps_all_alike_looks_back_half_way():
@@ -140,14 +140,14 @@ def test_a_state_that_keeps_all_alike_looks_back_half_way():
     for tensor in (dynamics.k, dynamics.q, dynamics.v):
         tensor[:] = 1
     reach = spectrum.reach(dynamics)
-    distance, width = spectra.reach_distance(reach), spectra.reach_width(reach)
+    distance, width = quartiles.reach_distance(reach), quartiles.reach_width(reach)
     assert distance.middle == pytest.approx((distance.x - 1) / 2)
     assert width.middle == pytest.approx(width.x)
 
 
 def test_quartiles_are_over_sequences_and_gain_is_over_tokens():
     gain = torch.arange(1.0, 6)[:, None].expand(5, 4)
-    size = spectra.gain_size(gain)
+    size = quartiles.gain_size(gain)
     assert [float(q[0]) for q in size[1:]] == [4, 6, 8]
 
 

@@ -360,8 +360,8 @@ def test_words_on_an_axis_are_spaced_evenly():
 @pytest.mark.parametrize("least", [0, 100])
 def test_memory_has_a_place_for_mixers_that_carry_nothing(least):
     points = [
-        sweeps.Point("a", (least, least), Interval(0.1, 0.0, 0.2)),
-        sweeps.Point("b", (400, 900), Interval(0.6, 0.5, 0.7)),
+        sweeps.StatePoint("a", (least, least), Interval(0.1, 0.0, 0.2)),
+        sweeps.StatePoint("b", (400, 900), Interval(0.6, 0.5, 0.7)),
     ]
     (axes,) = sweeps.memory([sweeps.Panel("t", "state", points)], ["a", "b"]).axes
     low, high = axes.get_xlim()

@@ -25,9 +25,9 @@ def cells(svg):
     return texts, boxes
 
 
-def test_every_task_of_mad_has_a_picture_in_the_readme():
+def test_every_task_of_mad_has_a_picture_in_the_reference():
     shown = [shlex.split(command)[1] for command in COMMANDS]
-    drawn = re.findall(r"notebooks/images/tasks/(\w+)\.svg", (ROOT / "README.md").read_text())
+    drawn = re.findall(r"notebooks/images/tasks/(\w+)\.svg", (ROOT / "REFERENCE.md").read_text())
     assert set(drawn) <= set(shown)
     assert {"recall", "noisy_recall", "fuzzy_recall"} < set(drawn)
     assert {"selective_copying", "compression", "memorization"} < set(drawn)

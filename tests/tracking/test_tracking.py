@@ -443,8 +443,8 @@ def test_a_sweep_ends_with_figures_and_models_in_mlflow(uri, client, files):
     assert "not all is drawn: FileExistsError" in done.stderr
 
 
-def test_the_recipes_of_the_readme_find_what_they_say(uri):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_recipes_of_the_reference_find_what_they_say(uri):
+    text = (Path(__file__).parents[2] / "REFERENCE.md").read_text()
     [recipes] = [b.split("```")[0] for b in text.split("```python\n") if "search_runs" in b]
     good, lost = learned(tiny(), 0.9), tiny(mixers=["mamba2"])
     finished(tiny(seed=1), 0.7)

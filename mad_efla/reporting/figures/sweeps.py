@@ -36,7 +36,7 @@ class Curve(NamedTuple):
     y: list[Interval]
 
 
-class Point(NamedTuple):
+class StatePoint(NamedTuple):
     """A mixer's score beside what it remembers.
 
     Attributes:
@@ -55,7 +55,7 @@ class Panel(NamedTuple):
 
     title: str
     x_label: str
-    content: Sequence[Curve] | Sequence[Point]
+    content: Sequence[Curve] | Sequence[StatePoint]
 
 
 def rows(
@@ -189,7 +189,7 @@ def curves(
 
 
 def memory(panels: list[Panel], names: list[str], *, width: float = figures.PAGE) -> Figure:
-    """Draw score against state, in panels of `Point`s: what a mixer recalls for what it carries.
+    """Draw score against state, in panels of `StatePoint`s: what a mixer recalls for what it carries.
 
     Marks of equal states stand side by side, four points of type apart.
 
@@ -203,7 +203,7 @@ def memory(panels: list[Panel], names: list[str], *, width: float = figures.PAGE
     """
 
     def draw(axes: Axes, panel: Panel, look: dict[str, figures.Line]) -> None:
-        found = [p for p in panel.content if isinstance(p, Point) and p.name in look]
+        found = [p for p in panel.content if isinstance(p, StatePoint) and p.name in look]
         sizes = [size for p in found for size in p.states]
         _scale_states(axes, min(sizes), max(sizes))
         for point in found:
