@@ -131,7 +131,7 @@ def sweep(
     if executor == "local" and workers != 0:
         processes.prepare(runner.device)
     uri = None if no_tracking else tracking.resolve_uri(tracking_uri)
-    if uri and (problem := tracking.check(uri, out, dict.fromkeys(found.task for found in sweeps))):
+    if uri and (problem := tracking.check(uri, dict.fromkeys(found.task for found in sweeps))):
         click.echo(f"warning: {problem}; it is tried again while the runs are made", err=True)
     mirrored = Mirrored(uri, log_models, figures=not no_figures)
     matches = [match for fit in found for match in fit.matches]

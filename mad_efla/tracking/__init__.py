@@ -17,19 +17,21 @@ One process writes at a time, held by a lock beside the store. A call to a serve
 twice, and never waited for by training; workers do not import MLflow, and neither does this package
 before it is used. In reading order, each file importing only from those before it:
 
-    records.py   what MLflow is told of a run and a sweep, as pure functions
-    stores.py    where MLflow keeps runs: addresses, names of experiments, local databases
-    problems.py  what can go wrong, and what it means
-    locks.py     who writes a store, which sweeps go on, whose the runs are
-    entry.py     one run in MLflow, told only what it has not been told
-    uploads.py   its files, after the numbers and apart from them
-    models.py    a run's model, for `mlflow.pytorch.load_model`
-    bridge.py    brings one store up to date from the run folders
-    mirror.py    keeps a store up to date while sweeps go on
-    page.py      MLflow's page: its server, and the address of an experiment's charts
+    records.py      what MLflow is told of a run and a sweep, as pure functions
+    stores.py       where MLflow keeps runs: addresses, names of experiments, local databases
+    problems.py     what can go wrong, and what it means
+    locks.py        who writes a store, which sweeps go on, whose the runs are
+    entry.py        one run in MLflow, told only what it has not been told
+    experiments.py  a task's experiment, and what is looked at before training
+    uploads.py      its files, after the numbers and apart from them
+    models.py       a run's model, for `mlflow.pytorch.load_model`
+    bridge.py       brings one store up to date from the run folders
+    mirror.py       keeps a store up to date while sweeps go on
+    page.py         MLflow's page: its server, and the address of an experiment's charts
 """
 
-from mad_efla.tracking.bridge import SyncReport, check, sync
+from mad_efla.tracking.bridge import SyncReport, sync
+from mad_efla.tracking.experiments import check
 from mad_efla.tracking.mirror import Mirror
 from mad_efla.tracking.page import deep_link, ui
 from mad_efla.tracking.records import PRIMARY

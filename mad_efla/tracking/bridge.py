@@ -5,7 +5,6 @@ read again. The compare page opens on the metric that was logged first: that is 
 which the first points of a run wait a little.
 """
 
-import json
 import math
 import time
 from collections import Counter
@@ -15,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mad_efla.analysis import corruption, verdict
-from mad_efla.analysis.cells import Cell
+from mad_efla.analysis import verdict
 from mad_efla.analysis.leaderboard import leaderboard
 from mad_efla.config import ConfigError
 from mad_efla.plan.run import RunConfig
@@ -25,16 +23,12 @@ from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.read import Known, of_record
 from mad_efla.runs.schema import Failure, Result, Status, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps, sweep_figures
-from mad_efla.tracking import locks, models, records, stores
-from mad_efla.tracking.entry import BATCH, Deleted, Entry, fresh_figures
-from mad_efla.tracking.problems import explain, in_time, is_refusal, meaning, reason, within
-from mad_efla.tracking.uploads import Uploads
+from mad_efla.tracking import experiments, locks, models, records, stores, uploads
+from mad_efla.tracking.entry import Deleted, Entry, fresh_figures
+from mad_efla.tracking.problems import explain, in_time, is_refusal, meaning, reason
 
 _PATIENCE = 50  # logged steps held back at most, until there is a first accuracy to log
 _FAILURES = ("Failed: ", "Interrupted: ", "Pruned: ")  # how the notes on attempts begin
-_TRACEBACK = "mad.traceback"  # a tag while the traceback of an earlier attempt is still there
-_CHECK_SECONDS = 10.0
-_ALL_RUNS = 3  # MLflow's ViewType: deleted ones too
 
 
 class SyncReport(NamedTuple):
@@ -77,34 +71,6 @@ def sync(
     return Bridge(uri, out, log_models).sync(deadline, wanted=wanted)
 
 
-def check(uri: str, out: Path, tasks: Iterable[str]) -> str | None:
-    """Make sure, before training, that a store on another machine will take the runs.
-
-    Args:
-        uri: The store, as `resolve_uri` returns it.
-        out: The folder of run folders.
-        tasks: Names of the tasks, each an experiment.
-
-    Returns:
-        A sentence on what is wrong and may pass; None if nothing is.
-
-    Raises:
-        ConfigError: What is wrong does not pass by waiting: credentials, rights, address, names.
-    """
-    if stores.sqlite_path(uri):
-        return None
-    import mlflow  # noqa: F401  # which takes its time, and is not the store's
-
-    try:
-        within(_CHECK_SECONDS, lambda: Bridge(uri, out).check(tasks))
-    except Exception as error:
-        found = meaning(error, uri)
-        if found.passing:
-            return found.sentence
-        raise ConfigError(f"{found.sentence}; --no-tracking trains without MLflow") from None
-    return None
-
-
 @dataclass
 class Bridge:
     """One store and one folder of runs, and what this process knows about both.
@@ -121,7 +87,7 @@ class Bridge:
         owner: The word of the folder of runs, by which ours are known.
         runs: Configurations read, by fingerprint.
         results: Results read, by fingerprint.
-        uploads: Files that wait until the numbers are told.
+        files: Files that wait until the numbers are told.
         refused: What MLflow does not take of runs, by sentence.
         rejected: Runs that this synchronisation could not tell MLflow of, by its reason.
         problems: What went wrong in this synchronisation.
@@ -140,7 +106,7 @@ class Bridge:
     owner: str = ""
     runs: dict[str, RunConfig] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
-    uploads: Uploads = field(default_factory=Uploads)
+    files: uploads.Uploads = field(default_factory=uploads.Uploads)
     refused: dict[str, list[str]] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -150,17 +116,17 @@ class Bridge:
     def sync(self, deadline: float, *, only: set[str] | None = None, wanted: set[str] | None = None) -> SyncReport:
         """Mirror all sweeps, or only those of the ids `only`; of them all cells, or those wanted."""
         self.deadline, self.problems, self.rejected = deadline, [], {}
-        self.uploads.waiting.clear()
+        self.files.waiting.clear()
         count = 0
         try:
             with stores.mlflow_settings(), locks.exclusive(self.uri, self.out, deadline):
-                self._open()
+                self.client = self.client or experiments.client(self.uri)
                 self.owner = self.owner or locks.owner(self.out)
                 for task, sweep, cells in self._work(only):
                     if wanted is not None:
                         cells = [f for f in cells if f in wanted]
                     count += self._sweep(task, sweep, cells)
-                self.uploads.send(deadline)
+                self.files.send(deadline)
         except Exception as error:  # whatever MLflow does, a sweep goes on
             self.experiments_known.clear()
             self.problems.append(meaning(error, self.uri).sentence)
@@ -168,30 +134,11 @@ class Bridge:
 
     def _report(self, count: int) -> SyncReport:
         rejected = [f"{_some(runs)}: refused by MLflow ({why})" for why, runs in self.rejected.items()]
-        problems = [*dict.fromkeys(self.problems), *rejected, *filter(None, [self.uploads.problem])]
+        problems = [*dict.fromkeys(self.problems), *rejected, *filter(None, [self.files.problem])]
         problem = explain("; ".join(problems), self.out) if problems else None
         refused = [f"{_some(runs)}: {sentence}" for sentence, runs in self.refused.items()]
-        return SyncReport(count, problem, tuple(dict.fromkeys([*self.notes, *refused])), self.experiments)
-
-    def check(self, tasks: Iterable[str]) -> None:
-        """Find or make the experiments of some tasks.
-
-        Raises:
-            Exception: Whatever is in the way.
-        """
-        with stores.mlflow_settings():
-            self._open()
-            for task in tasks:
-                self._identify(task)
-
-    def _open(self) -> None:
-        if self.client is None:
-            path = stores.sqlite_path(self.uri)
-            if path:
-                stores.prepare(path)
-            from mlflow import MlflowClient
-
-            self.client = MlflowClient(tracking_uri=self.uri)
+        self.notes = list(dict.fromkeys(self.notes))
+        return SyncReport(count, problem, (*self.notes, *refused), self.experiments)
 
     def _work(self, only: set[str] | None) -> Iterator[tuple[str, SweepRecord | None, list[str]]]:
         """Yield task, sweep and cells; runs that no sweep names come last, by task.
@@ -236,8 +183,9 @@ class Bridge:
         if task in self.experiments_known:
             self.experiments[task] = self.experiments.pop(task)  # the newest sweep's is last
             return
-        identity = self._identify(task)
-        for entry in self._search(identity):
+        self.experiments.pop(task, None)
+        self.experiments[task] = experiments.identify(self.client, self.uri, task)
+        for entry in experiments.runs(self.client, self.experiments[task]):
             key = entry.tags.get("mad.fingerprint") or entry.tags.get("mad.sweep")
             owner = entry.tags.get("mad.owner")
             known = self.entries if owner == self.owner else self.unowned if owner is None else None
@@ -245,57 +193,10 @@ class Bridge:
                 known[key] = entry
         self.experiments_known.add(task)
 
-    def _identify(self, task: str) -> str:
-        """Find or make a task's experiment."""
-        name = stores.experiment_name(task)
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            identity = self._create_experiment(task, name)
-        elif found.lifecycle_stage == "deleted":
-            raise stores.Problem(
-                f"MLflow experiment {name!r} is deleted; `mlflow experiments restore "
-                f"--experiment-id {found.experiment_id}` brings it back"
-            )
-        else:
-            identity = found.experiment_id
-        self.experiments.pop(task, None)
-        self.experiments[task] = identity
-        return identity
-
-    def _create_experiment(self, task: str, name: str) -> str:
-        hosted = stores.is_server(self.uri) or self.uri.startswith("databricks")
-        local = None if hosted else str(stores.artifacts(self.uri) / task)
-        tags = {
-            records.NOTE: records.EXPERIMENT_NOTE.format(task=task),
-            "mlflow.experimentKind": "custom_model_development",
-        }
-        try:
-            return self.client.create_experiment(name, artifact_location=local, tags=tags)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            found = self.client.get_experiment_by_name(name)
-            if found:  # another process was first
-                return found.experiment_id
-            raise stores.Problem(
-                f"MLflow at {stores.without_password(self.uri)} refuses the experiment name {name!r} "
-                f"({reason(error)}); --experiment-prefix begins names as it wants them, for example "
-                "--experiment-prefix /Users/me@example.org/"
-            ) from None
-
-    def _search(self, experiment_id: str, where: str = "") -> list[Entry]:
-        found, token = [], ""
-        while token is not None:
-            page = self.client.search_runs(
-                [experiment_id], where, _ALL_RUNS, max_results=BATCH, page_token=token or None
-            )
-            found += [Entry.of(self.client, run) for run in page]
-            token = page.token or None
-        return found
-
-    def _create(self, task: str, key: str, name: str, started: int, tags: dict[str, str]) -> None:
+    def _create(self, task: str, key: str, name: str, started: int, tags: dict[str, str]) -> bool:
         run = self.client.create_run(self.experiments[task], started, records.fit(tags), name)
         self.entries[key] = Entry.of(self.client, run)
+        return True
 
     def _adopt(self, key: str, begun: int, ended: int) -> None:
         """Take over a run of ours from before runs had owners: one that began while our folder's did."""
@@ -314,8 +215,9 @@ class Bridge:
         if sweep:
             self._adopt(sweep.id, sweep.started, sweep.started)
         if sweep and sweep.id not in self.entries:
-            tags = records.sweep_tags(sweep, self.owner)
-            self._create(task, sweep.id, records.cut(sweep.plan, records.TITLE), sweep.started, tags)
+            tags, title = records.sweep_tags(sweep, self.owner), records.cut(sweep.plan, records.TITLE)
+            if not self._told(sweep.id, partial(self._create, task, sweep.id, title, sweep.started, tags)):
+                return 0
         names: dict[str, str] = {}
         count, statuses = 0, Counter()
         for fingerprint in cells:
@@ -383,7 +285,7 @@ class Bridge:
         note = {records.NOTE: records.sweep_note(sweep, statuses, found, verdict.sentences(board))}
         entry.tag({"mad.counts": counts, records.ARTIFACTS: records.MISSING} | records.TABLE_TAG | note)
         entry.set_status(status, sweep.ended or now())
-        self.uploads.add(entry, lambda: _tables(entry, found), completes=True)
+        self.files.add(entry, partial(uploads.of_sweep, entry, found), completes=True)
         return True
 
     def _cell(self, folder: RunFolder, status: Status, name: str, sweep: SweepRecord | None) -> bool:
@@ -410,11 +312,11 @@ class Bridge:
                 self._ending(entry, run, status, failure)
                 entry.seen = look
             if entry.tags.get(records.ARTIFACTS) != records.COMPLETE:
-                self.uploads.add(entry, partial(_files, entry, run, failure), completes=True)
+                self.files.add(entry, partial(uploads.of_run, entry, run, failure), completes=True)
         if status == "finished":
             self._figures(entry, folder.figures)
             if self.log_models and "mad.model" not in entry.tags and (run := self._read(key)):
-                self.uploads.add(entry, partial(models.log, entry, self.experiments[run.task.name], run, folder))
+                self.files.add(entry, partial(models.log, entry, self.experiments[run.task.name], run, folder))
         if sweep and f"mad.sweep.{sweep.id}" not in entry.tags:  # its parent is the first only
             entry.tag({f"mad.sweep.{sweep.id}": sweep.plan})
         return True
@@ -422,14 +324,14 @@ class Bridge:
     def _figures(self, entry: Entry, folder: Path) -> None:
         files, look = fresh_figures(entry, folder)
         if files:
-            self.uploads.add(entry, partial(entry.attach, files, look))
+            self.files.add(entry, partial(entry.attach, files, look))
 
     def _child(self, run: RunConfig, folder: RunFolder, name: str, sweep: SweepRecord | None) -> Entry:
         """Find or make a run's run, with its configuration, and learn what it has been told."""
         key, task = run.fingerprint, run.task.name
         if key not in self.entries:  # another process may have made it since
             where = f"tags.`mad.fingerprint` = '{key}' AND tags.`mad.owner` = '{self.owner}'"
-            for found in self._search(self.experiments[task], where):
+            for found in experiments.runs(self.client, self.experiments[task], where):
                 self.entries[key] = found
         if key not in self.entries:
             rows, _ = folder.rows()
@@ -469,7 +371,7 @@ class Bridge:
             tags |= records.result_tags(result)
         if not failure and _is_outdated(entry):
             entry.untag(records.NOTE)
-            tags |= {records.ARTIFACTS: records.MISSING, _TRACEBACK: "outdated"}
+            tags |= {records.ARTIFACTS: records.MISSING, uploads.OUTDATED: "traceback.txt"}
         if failure:
             tags[records.NOTE] = f"{failure.kind.capitalize()}: {failure.reason}"
             if failure.traceback:
@@ -488,24 +390,6 @@ def _complete(entry: Entry) -> bool:
 def _is_outdated(entry: Entry) -> bool:
     """Say whether a run is said to have failed, of an earlier attempt."""
     return entry.tags.get(records.NOTE, "").startswith(_FAILURES)
-
-
-def _files(entry: Entry, run: RunConfig, failure: Failure | None) -> None:
-    """Write a run's files, and take away those that no longer hold."""
-    entry.write("config.json", json.dumps(run.model_dump(mode="json"), indent=1))
-    if failure and failure.traceback:
-        entry.write("traceback.txt", failure.traceback)
-    elif _TRACEBACK in entry.tags:
-        entry.withdraw("traceback.txt")
-    entry.untag(_TRACEBACK)
-
-
-def _tables(entry: Entry, found: list[Cell]) -> None:
-    """Write a sweep's tables."""
-    entry.write("leaderboard.csv", records.leaderboard_csv(found))
-    entry.write("leaderboard.json", records.leaderboard_json(found))
-    if probed := corruption.arms(found):
-        entry.write("corruption.json", records.corruption_json(probed))
 
 
 def _span(folder: RunFolder, result: Result | None) -> tuple[int, int]:

@@ -99,8 +99,11 @@ def _live(out: Path, sweep: str) -> Path:
 def owner(out: Path) -> str:
     """Return whose the runs in a folder are: its random word, which goes with a copy of the folder.
 
-    A folder that has none and can only be read is known by its machine and its path.
+    A folder that has none and can only be read is known by its machine and its path; one that is not there
+    has no runs, and no word.
     """
+    if not out.exists():
+        return ""
     path = out / "sweeps" / "owner"
     with contextlib.suppress(OSError):
         if word := path.read_text(encoding="utf-8").strip():

@@ -65,7 +65,7 @@ class Mirror:
             failing = min(2 * max(pause, LIVE_SECONDS), _LONGEST_PAUSE)
             pause = failing if self.problem else LIVE_SECONDS
         live.end()
-        self._bridge.uploads.again = 0.0
+        self._bridge.files.again = 0.0
         self._sync()
 
     def _sync(self) -> None:

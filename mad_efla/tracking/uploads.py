@@ -6,16 +6,22 @@ sent. So files wait here until all numbers are told, each is waited for no longe
 several in a row fail the others wait until later. A tag of the run says whether its files are all there.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from mad_efla.analysis import corruption
+from mad_efla.analysis.cells import Cell
+from mad_efla.plan.run import RunConfig
+from mad_efla.runs.schema import Failure
+from mad_efla.tracking import records
 from mad_efla.tracking.entry import Deleted, Entry
 from mad_efla.tracking.problems import in_time, reason, within
-from mad_efla.tracking.records import ARTIFACTS, COMPLETE
 from mad_efla.tracking.stores import without_password
 
+OUTDATED = "mad.outdated"  # a tag: which file of an earlier attempt is still there
 _SECONDS = 30.0  # for the files of one run
 _IN_A_ROW = 3  # failures, after which the place is taken for unreachable
 _PAUSE_SECONDS = 60.0  # until it is tried again
@@ -62,7 +68,7 @@ class Uploads:
                 within(_SECONDS, send)
                 failures = 0
                 if completes:
-                    entry.tag({ARTIFACTS: COMPLETE})
+                    entry.tag({records.ARTIFACTS: records.COMPLETE})
             except Deleted:
                 entry.deleted = True
             except Exception as error:  # packages, credentials, disks: whatever its store raises
@@ -71,6 +77,24 @@ class Uploads:
                 if failures == _IN_A_ROW:
                     break
         self.again = time.monotonic() + _PAUSE_SECONDS if self.problem else 0.0
+
+
+def of_run(entry: Entry, run: RunConfig, failure: Failure | None) -> None:
+    """Write a run's files, and take away those that no longer hold."""
+    entry.write("config.json", json.dumps(run.model_dump(mode="json"), indent=1))
+    if failure and failure.traceback:
+        entry.write("traceback.txt", failure.traceback)
+    elif name := entry.tags.get(OUTDATED):
+        entry.withdraw(name)
+    entry.untag(OUTDATED)
+
+
+def of_sweep(entry: Entry, found: list[Cell]) -> None:
+    """Write a sweep's tables."""
+    entry.write("leaderboard.csv", records.leaderboard_csv(found))
+    entry.write("leaderboard.json", records.leaderboard_json(found))
+    if probed := corruption.arms(found):
+        entry.write("corruption.json", records.corruption_json(probed))
 
 
 def _sentence(entry: Entry, error: Exception) -> str:

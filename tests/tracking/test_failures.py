@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mad_efla import tracking
@@ -165,7 +165,10 @@ def test_every_name_is_made_one_that_mlflow_takes(text):
     assert len(records.name(text)) <= 250
 
 
-@given(st.text(max_size=8), st.text(alphabet="_u40f./", max_size=8))
+@given(st.text(alphabet="_u40@=/.", max_size=6), st.text(alphabet="_u40@=/.", max_size=6))
+@example("a@", "a_")
+@example("a@", "a_u40_")
+@example("a/", "a_u2f_")
 def test_no_two_names_become_one_and_good_ones_stay(text, other):
     assert (records.name(text) == records.name(other)) == (text == other)
     assert records.name("optim.lr") == "optim.lr"
@@ -301,6 +304,11 @@ def test_runs_of_earlier_versions_are_taken_over_by_the_folder_that_made_them(ur
     assert sorted(r.data.metrics["test/token_accuracy"] for r in made) == [0.5, 0.75]
     assert len({r.data.tags["mad.owner"] for r in made}) == 2
     assert len(client.search_runs(["1"], "tags.`mad.role` = 'sweep'")) == 2
+
+
+def test_looking_for_runs_makes_no_folder_for_them(uri):
+    assert tracking.sync(uri, OUT) == (0, None, (), {})
+    assert not OUT.exists()
 
 
 # ------------------------------------------------------------------ a failure that is over
@@ -482,7 +490,7 @@ DENIED = [
 def test_what_a_server_denies_is_said_before_training_with_the_cure(server, status, answer, said):
     server.default = (status, answer)
     with pytest.raises(ConfigError, match=said) as caught:
-        tracking.check(server.uri, OUT, ["recall"])
+        tracking.check(server.uri, ["recall"])
     assert "--no-tracking" in str(caught.value)
     swept(tiny())
     report = tracking.sync(server.uri, OUT)
@@ -493,7 +501,7 @@ def test_what_a_server_denies_is_said_before_training_with_the_cure(server, stat
 @pytest.mark.parametrize(("status", "said"), [(500, r"error of its own \(500\)"), (503, r"\(503\)"), (429, r"\(429\)")])
 def test_what_may_pass_is_said_and_training_goes_on(server, status, said):
     server.default = (status, "later")
-    assert re.search(said, str(tracking.check(server.uri, OUT, ["recall"])))
+    assert re.search(said, str(tracking.check(server.uri, ["recall"])))
 
 
 def test_a_sweep_that_could_not_be_told_is_not_begun(server, files):

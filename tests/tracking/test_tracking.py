@@ -1,5 +1,6 @@
 """What MLflow shows is what the run folders hold, however often it is told, and by whomever."""
 
+import contextlib
 import http.client
 import json
 import logging
@@ -28,7 +29,7 @@ from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.read import of_record
 from mad_efla.runs.schema import Result, Row, Scores, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps, sweep_figures, write_sweep
-from mad_efla.tracking import locks, mirror, page, records, stores
+from mad_efla.tracking import experiments, locks, mirror, page, records, stores
 from mad_efla.tracking.bridge import Bridge
 from mad_efla.training import model
 from tests import browser
@@ -491,15 +492,15 @@ def test_a_mirror_leaves_everything_told(uri, client, monkeypatch):
 
 def test_a_server_that_was_away_is_told_everything_when_it_is_back(uri, client, monkeypatch):
     monkeypatch.setattr(mirror, "LIVE_SECONDS", 0.01)
-    refusals, connect = [], Bridge._open
+    refusals, connect = [], experiments.client
 
-    def refuse(self):
+    def refuse(uri):
         if len(refusals) < 4:
             refusals.append(1)
             raise ConnectionError("refused")
-        connect(self)
+        return connect(uri)
 
-    monkeypatch.setattr(Bridge, "_open", refuse)
+    monkeypatch.setattr(experiments, "client", refuse)
     run, problems = tiny(), set()
     with tracking.Mirror(uri, OUT, swept(run)) as shadow:
         finished(run)
@@ -866,12 +867,12 @@ def of_server(link: str):
 )
 def test_the_page_answers_under_its_own_names_alone(served, host, origin, status):
     port = served[0].split("/")[2].split(":")[1]
-    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
     headers = {"Host": f"{host}:{port}", "Origin": f"{origin}:{port}", "Content-Type": "application/json"}
     body = json.dumps({"experiment_ids": ["1"], "max_results": 1})
-    connection.request("POST", "/ajax-api/2.0/mlflow/runs/search", body, headers)
-    assert connection.getresponse().status == status
-    connection.close()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)) as connection:
+        connection.request("POST", "/ajax-api/2.0/mlflow/runs/search", body, headers)
+        with connection.getresponse() as answer:
+            assert answer.status == status
 
 
 def test_a_remote_server_is_told_all_that_a_local_store_is(served):
