@@ -99,7 +99,8 @@ def suggest(word: str, known: list[str]) -> str:
 def find(name: str, kind: str) -> Path:
     """Resolve what the user typed to a YAML file.
 
-    A path from the working directory comes first, then a shipped preset of that name.
+    A file from the working directory comes first, then a shipped preset of that name, which a folder,
+    such as one of runs, does not hide.
 
     Args:
         name: A path, or the bare name of a preset (`recall`, `quick`).
@@ -110,8 +111,6 @@ def find(name: str, kind: str) -> Path:
     """
     path = Path(name)
     try:
-        if path.is_dir():
-            raise ConfigError(f"{name}: is a directory; name a YAML file in it")
         if path.is_file():
             return path
     except OSError as error:
@@ -119,6 +118,8 @@ def find(name: str, kind: str) -> Path:
     shipped = {p.stem: p for p in presets(kind)}
     if re.fullmatch(rf"(?:{kind}/)?[\w-]+(?:\.yaml)?", name) and path.stem in shipped:
         return shipped[path.stem]
+    if path.is_dir():
+        raise ConfigError(f"{name}: is a directory; name a YAML file in it")
     what = {"tasks": "task", "sweeps": "plan"}[kind]
     raise ConfigError(
         f"{name[:80]}: no such file, and no shipped {what} of that name" + suggest(path.stem, list(shipped))

@@ -1,6 +1,7 @@
 """Whatever is wrong with a file is said with its place, and never as a traceback."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -89,6 +90,14 @@ def test_what_is_no_text_is_refused(tmp_path):
         config.find(str(tmp_path), "tasks")
     with pytest.raises(ConfigError, match="No such file"):
         config.read(tmp_path / "absent.yaml")
+
+
+def test_a_folder_named_like_a_preset_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recall").mkdir()
+    assert config.find("recall", "tasks").name == "recall.yaml"
+    (tmp_path / "quick").write_text("a: 1")
+    assert config.find("quick", "sweeps") == Path("quick")
 
 
 def test_every_error_of_a_file_is_reported_at_once(tmp_path):
