@@ -101,7 +101,8 @@ def suggest(word: str, known: list[str]) -> str:
 def find(name: str, kind: str) -> Path:
     """Resolve what the user typed to a YAML file.
 
-    A path from the working directory comes first, then a shipped preset of that name.
+    A file from the working directory comes first, then a shipped preset of that name, which a folder,
+    such as one of runs, does not hide.
 
     Args:
         name: A path, or the bare name of a preset (`recall`, `quick`).

@@ -94,6 +94,14 @@ def test_what_is_no_text_is_refused(tmp_path):
         config.read(tmp_path / "absent.yaml")
 
 
+def test_a_folder_named_like_a_preset_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recall").mkdir()
+    assert config.find("recall", "tasks").name == "recall.yaml"
+    (tmp_path / "quick").write_text("a: 1")
+    assert config.find("quick", "sweeps") == Path("quick")
+
+
 def test_every_error_of_a_file_is_reported_at_once(tmp_path):
     assert len(refused(tmp_path, "zzz: 1\nword: 3").splitlines()) == 2
 

@@ -21,6 +21,7 @@ even one of two, as torch does.
 Importing this module imports numba; only the compiled backends do so, and only when they run.
 """
 
+import contextlib
 from collections.abc import Callable
 from hashlib import sha256
 from math import factorial, log
@@ -34,6 +35,8 @@ from numba.core import cgutils
 from numba.core.errors import RequireLiteralValue
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic, models, register_model
+
+from mad_kernels.loop_cache import LoopCache
 
 LANES = 32
 
@@ -70,11 +73,10 @@ def compile_loop(function: Callable) -> Callable[..., Any]:
     What is on disk is named after the function and a digest of this file, which it was made from.
     """
     function.__qualname__ += f"_{_DIGEST}"
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no such folder: every process compiles for itself
-        return njit(**options)(function)
+    compiled: Any = njit(nogil=True, error_model="numpy")(function)
+    with contextlib.suppress(RuntimeError):  # no such folder: every process compiles for itself
+        compiled._cache = LoopCache(function)  # as `cache=True` would set numba's own
+    return compiled
 
 
 @compile_loop

@@ -76,7 +76,6 @@ def bench_overhead(tasks: tuple[str, ...], plan: str, assignments: tuple[str, ..
     """
     from mad_efla.bench.overhead import overhead, split_table
     from mad_efla.execution import machine
-    from mad_efla.execution.local import cores
     from mad_efla.plan import expand
     from mad_efla.reporting import terminal
     from mad_efla.training import fits
@@ -85,7 +84,7 @@ def bench_overhead(tasks: tuple[str, ...], plan: str, assignments: tuple[str, ..
     found = [expand.expand(task, plan, assignments, precision) for task in tasks]
     for sweep in found:
         fits.check(sweep)
-    split = overhead(found, "cpu", workers or cores())
+    split = overhead(found, "cpu", workers or machine.cores())
     terminal.stdout().print(split_table(split))
 
 
@@ -151,7 +150,7 @@ def bench_device(
         click.echo(line)
         if to is not None:
             to.parent.mkdir(parents=True, exist_ok=True)
-            with to.open("a") as file:
+            with to.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mad_efla import spectrum
 from mad_efla.config import ConfigError
-from mad_efla.plan.run import Limits, RunConfig, code_of
+from mad_efla.plan.run import Limits, check_code
 from mad_efla.runs.claims import Fenced
 from mad_efla.runs.folder import RunFolder
 from mad_efla.training.loop import Interrupted, train
@@ -49,7 +49,7 @@ class Meter:
 def _resident(process: int | None) -> int:
     """Return the resident bytes of a process; 0 where the system does not tell."""
     with contextlib.suppress(OSError, IndexError, ValueError):
-        pages = Path(f"/proc/{process or 'self'}/statm").read_text().split()[1]
+        pages = Path(f"/proc/{process or 'self'}/statm").read_text(encoding="ascii").split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
     return 0
 
@@ -105,7 +105,7 @@ def _make(
     try:
         folder.begin()
         run = folder.run()
-        _check_code(run)
+        check_code(run)
         train(
             run,
             folder,
@@ -127,21 +127,6 @@ def _make(
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         outside = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
         folder.fail("failed", reason, traceback.format_exc(), transient=outside)
-
-
-def _check_code(run: RunConfig) -> None:
-    """Refuse to make, or to go on with, a run by other code than it is named after.
-
-    Raises:
-        ConfigError: The source of its task or of a mixer is another one by now.
-    """
-    for name, digest in code_of(run.task, run.mixers).items():
-        if run.code.get(name) != digest:
-            raise ConfigError(
-                f"the code of {name} is {digest} by now, and this run is one of "
-                f"{run.code.get(name, 'an earlier version')}; its sweep makes a new run of it, or "
-                "put the code back"
-            )
 
 
 @contextlib.contextmanager

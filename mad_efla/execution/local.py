@@ -1,7 +1,6 @@
 """Runs in worker processes of this machine, or in this process."""
 
 import math
-import os
 
 import torch
 
@@ -30,7 +29,7 @@ class Local:
             )
         if workers is None:
             cuda = self.device == "cuda"
-            workers = (per_device or 1) * torch.cuda.device_count() if cuda else cores()
+            workers = (per_device or 1) * torch.cuda.device_count() if cuda else machine.cores()
         self.workers = workers
 
     @property
@@ -43,10 +42,3 @@ class Local:
     ) -> None:
         """See `Executor`; work may find its runs as it goes on."""
         pool.perform(work, device=self.device, workers=self.workers, watch=watch, deadline=deadline, limits=limits)
-
-
-def cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,11 +1,14 @@
 """What this machine is: its device, the precision that it computes in, the versions in use."""
 
 import contextlib
+import math
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -35,6 +38,42 @@ def resolve_precision(device: str) -> str:
     return "bfloat16" if _cpu_has_bfloat16() else "float32"
 
 
+def cores(root: Path = Path("/")) -> int:
+    """Count the cores that this process may use: those it may run on, and what its container grants.
+
+    Args:
+        root: Where `proc` and `sys` are.
+    """
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min([there, *_quotas(root)])))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Yield the cores that each control group around this process grants, of version 1 and 2.
+
+    Source: the kernel's documentation, cgroup-v2 (`cpu.max`) and scheduler/sched-bwc (`cpu.cfs_*`).
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    mounted = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        trees = [mounted / controllers, mounted / "cpu"] if controllers else [mounted, mounted / "unified"]
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        inside = PurePosixPath(path.strip("/"))
+        # A container sees its own group as the root, whatever the path says; the others are not there.
+        for group in {tree / part for tree in trees for part in (inside, *inside.parents)}:
+            with contextlib.suppress(OSError, ValueError):  # no such group; "max" is no limit
+                words = " ".join((group / name).read_text(encoding="ascii") for name in names).split()
+                quota, period = map(int, words)
+                if quota > 0 and period > 0:
+                    yield quota / period
+
+
 def environment(device: str) -> dict[str, str]:
     """Describe what a run ran on, for its result."""
     found = {
@@ -51,7 +90,7 @@ def environment(device: str) -> dict[str, str]:
 def _cpu_has_bfloat16() -> bool:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            flags = Path("/proc/cpuinfo").read_text().split()
+            flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
             return "avx512_bf16" in flags or "amx_bf16" in flags
     return False
 
@@ -59,7 +98,7 @@ def _cpu_has_bfloat16() -> bool:
 def _cpu_name() -> str:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
                 if line.startswith("model name"):
                     return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -77,5 +116,5 @@ def _git_commit() -> str:
 
 
 def _git(folder: Path, *command: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, check=True)
+    return done.stdout.decode(errors="replace").strip()

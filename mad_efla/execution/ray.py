@@ -170,10 +170,12 @@ def _ended(folder: RunFolder, tasks: dict[str, Any]) -> bool:
         pass
     except RayTaskError as error:
         reason = f"{type(error.cause).__name__}: {error.cause}".splitlines()[0][:300]
-        folder.fail("failed", reason, str(error))
+        if not folder.fail("failed", reason, str(error)):
+            return False  # its node's claim has not run out yet
     except RayError as error:
         reason = f"its worker or node died {RETRIES + 1} times: {type(error).__name__}"
-        folder.fail("failed", reason, str(error), transient=True)
+        if not folder.fail("failed", reason, str(error), transient=True):
+            return False
     del tasks[folder.fingerprint]
     return True
 
@@ -230,5 +232,5 @@ def _make(fingerprint: str, probe: str, device: str, limits: Limits, carried: Fi
 
 
 def _attempt(folder: RunFolder, device: str, limits: Limits, asked: list[int]) -> None:
-    with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
+    with (folder.path / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         attempt.attempt(folder, device, machine.environment(device), lambda: bool(asked), limits)

@@ -147,7 +147,7 @@ def _ended(job: submitit.Job, lost: bool, out: Path, run: RunConfig) -> bool:
         error = None if lost else job.exception()
         if lost or error:
             reason = f"its job {job.job_id} died; see the end of {job.paths.stderr}"
-            folder.fail("failed", reason, str(error or ""), transient=True)
+            return folder.fail("failed", reason, str(error or ""), transient=True)  # once its claim has run out
     return True
 
 
@@ -181,7 +181,9 @@ class _Queue:
     def _there(self) -> set[str] | None:
         command = ["squeue", f"--user={os.getuid()}", "--noheader", "--array", "--format=%i"]
         try:
-            found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            found = subprocess.run(
+                command, capture_output=True, text=True, encoding="ascii", errors="replace", timeout=60
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return set(found.stdout.split()) if found.returncode == 0 else None
@@ -206,7 +208,7 @@ class _Make:
             signal.signal(stop, lambda number, frame: asked.append(number))
         torch.set_num_threads(1)
         folder = RunFolder(Path(self.out), fingerprint)
-        with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
+        with (folder.path / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
             about = machine.environment(self.device)
             attempt.attempt(folder, self.device, about, lambda: bool(asked), self.limits)
 

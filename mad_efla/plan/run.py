@@ -308,6 +308,21 @@ def code_of(task: Task, mixers: Iterable[MixerConfig]) -> dict[str, str]:
     return {name: plugins.source_digest(name) for name in sorted(set(names))}
 
 
+def check_code(run: RunConfig) -> None:
+    """Refuse to make, to go on with, or to look into a run by other code than it is named after.
+
+    Raises:
+        ConfigError: The source of its task or of a mixer is another one by now.
+    """
+    for name, found in code_of(run.task, run.mixers).items():
+        if run.code.get(name) != found:
+            raise ConfigError(
+                f"the code of {name} is {found} by now, and this run is one of "
+                f"{run.code.get(name, 'an earlier version')}; its sweep makes a new run of it, or "
+                "put the code back"
+            )
+
+
 def build_task(document: Document) -> Task:
     """Build a task from its section.
 

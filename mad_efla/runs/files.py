@@ -1,5 +1,7 @@
 """Files that are replaced whole: afterwards a file is the old one or the new one."""
 
+import contextlib
+import errno
 import json
 import os
 import secrets
@@ -12,8 +14,12 @@ from mad_efla.config import ConfigError
 # ------------------------------------------------------------------ files
 
 
-def ensure_writable(out: Path) -> None:
-    """Make the folder for runs.
+def ensure_writable(out: Path, option: str = "--out") -> None:
+    """Make a folder that is to be written.
+
+    Args:
+        out: The folder.
+        option: Which names it.
 
     Raises:
         ConfigError: It cannot be made or written.
@@ -24,7 +30,7 @@ def ensure_writable(out: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
+        raise ConfigError(f"{option} {out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -39,16 +45,33 @@ def write_bytes(path: Path, raw: bytes) -> None:
         with temporary.open("wb") as file:
             file.write(raw)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # not every file system has folders that can be synced
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sync(file: int) -> None:
+    """Wait until what was written to a file is on its disk, where the file system can tell.
+
+    Args:
+        file: Its descriptor.
+
+    Raises:
+        OSError: It did not arrive there.
+    """
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.fsync(file)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def now() -> int:

@@ -28,14 +28,14 @@ import torch
 from pydantic import ValidationError
 
 from mad_efla.config import ConfigError, Document
-from mad_efla.plan.run import RunConfig, build
+from mad_efla.plan.run import RunConfig, build, check_code
 from mad_efla.runs import claims
-from mad_efla.runs.files import now, read_json, write_bytes, write_json
+from mad_efla.runs.files import now, read_json, sync, write_bytes, write_json
 from mad_efla.runs.schema import Failure, Result, Row, Status
 
 _READ: dict[str, Any] = {"result.json": Result, "failure.json": Failure}
-_BROKEN = "cannot be read"
-_NEWER = "was written by a newer version, with fields that this one does not know"
+_BROKEN = "cannot be read; its sweep makes the run again"
+_NEWER = "was written by a newer version, with fields that this one does not know; update mad-efla"
 
 
 class RunFolder:
@@ -146,12 +146,19 @@ class RunFolder:
 
     def fail(
         self, kind: Literal["failed", "interrupted", "pruned"], reason: str, traceback: str, *, transient: bool = False
-    ) -> None:
-        """Write why this attempt ended."""
+    ) -> bool:
+        """Write why the last attempt ended, under this process's claim, or under one for the moment.
+
+        Returns:
+            False where another process holds the run: then nothing is written.
+        """
+        if self._claim is None:
+            with self.lock() as free:
+                return free and self.fail(kind, reason, traceback, transient=transient)
         self.check_claim()
         failure = Failure(kind=kind, reason=reason, traceback=traceback, time=now(), transient=transient)
-        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "failure.json", failure.model_dump(mode="json"))
+        return True
 
     def refuse_newer(self) -> None:
         """Make sure that an older version does not take a newer one's files for broken.
@@ -161,7 +168,7 @@ class RunFolder:
         """
         for name, model in _READ.items():
             if self._examine(name, model)[1] == _NEWER:
-                raise ConfigError(f"{self.path / name}: {_NEWER}; update mad-efla, or name another --out")
+                raise ConfigError(f"{self.path / name}: {_NEWER}, or name another --out")
 
     def quarantine(self) -> None:
         """Set aside what is broken; only whoever holds the run may.
@@ -172,7 +179,7 @@ class RunFolder:
         self.refuse_newer()
         for name, model in _READ.items():
             if self._examine(name, model)[1] == _BROKEN:
-                self._set_aside(self.path / name, f"{_BROKEN}; the run is made again")
+                self._set_aside(self.path / name, _BROKEN)
 
     def _read(self, name: str, model: Any) -> Any:
         found, problem = self._examine(name, model)
@@ -205,7 +212,7 @@ class RunFolder:
     def append(self, rows: list[Row]) -> None:
         """Append logged steps."""
         self.check_claim()
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row._asdict(), separators=(",", ":")) + "\n" for row in rows)
 
     def rows(self, offset: int = 0) -> tuple[list[Row], int]:
@@ -218,7 +225,7 @@ class RunFolder:
             with (self.path / "metrics.jsonl").open("rb") as file:
                 file.seek(offset)
                 raw = file.read()
-        except FileNotFoundError:
+        except OSError:
             return [], 0
         whole = raw[: raw.rfind(b"\n") + 1]
         rows = []
@@ -234,8 +241,8 @@ class RunFolder:
         self.check_claim()
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
-            with metrics.open("a") as file:
-                os.fsync(file.fileno())
+            with metrics.open("ab") as file:
+                sync(file.fileno())
         length = metrics.stat().st_size if metrics.exists() else 0
         buffer = io.BytesIO()
         torch.save(state | {"metrics_bytes": length}, buffer)
@@ -274,8 +281,19 @@ class RunFolder:
         write_bytes(self.path / "model.pt", buffer.getvalue())
 
     def load_model(self) -> dict[str, torch.Tensor]:
-        """Read the scored weights."""
-        return torch.load(self.path / "model.pt", weights_only=True, map_location="cpu")
+        """Read the scored weights.
+
+        Raises:
+            ConfigError: They cannot be read, or the code of a plug-in is not the one they are of.
+        """
+        check_code(self.run())
+        path = self.path / "model.pt"
+        try:
+            return torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # whatever torch makes of a file that is cut
+            raise ConfigError(
+                f"{path}: cannot be read ({type(error).__name__}); move {self.path} away and run its sweep again"
+            ) from None
 
 
 def finished(out: Path, fingerprints: list[str]) -> dict[str, Result]:

@@ -6,15 +6,16 @@
 
 The key is the hash of all that the bytes depend on. A folder appears whole, by a rename, and is
 read through its digest: what is missing, cut or altered is generated again. So it may be removed at
-any moment (memory that is mapped stays), and a disk that is full costs time and nothing else.
+any moment (memory that is mapped stays), and a disk that is full costs time and nothing else. Where
+files cannot be locked several processes may generate the same data, of which one's is kept.
 """
 
 import contextlib
 import fcntl
+import logging
 import os
 import secrets
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,12 +25,14 @@ import numpy as np
 from mad_efla.config import canonical_json
 from mad_efla.config import digest as short_digest
 from mad_efla.plan.run import DataConfig, RunConfig, code_of
+from mad_efla.runs import claims
 from mad_efla.tasks import Examples, Task
 from mad_efla.training import data
 from mad_efla.training.data import Data
 
 FOLDER = "data"  # beside the run folders
 _STALE_SECONDS = 86_400.0  # what a killed driver left, and nobody opened for so long
+_log = logging.getLogger(__name__)
 
 
 def key(task: Task, seed: int, sizes: DataConfig) -> str:
@@ -57,11 +60,16 @@ def load(folder: Path, task: Task, seed: int, sizes: DataConfig) -> Data:
         with _alone(folder / f".{path.name}.lock"):
             found = _read(path, task, seed)
             if found is None:
+                if path.exists():
+                    _log.warning("%s: is broken and is made again", path)
                 made = data.make(task, seed, sizes)
-                _write(path, made)
+                try:
+                    _write(path, made)
+                except OSError as error:  # a full disk, or another was first: a run needs data, not files
+                    _log.info("%s: cannot be kept: %s", path, error)
                 found = _read(path, task, seed) or made
         return found
-    except OSError:  # a full disk, no locks on this file system: a run needs data, not files
+    except OSError:  # the folder cannot be written at all
         return data.make(task, seed, sizes)
 
 
@@ -79,9 +87,11 @@ class Needs:
         self._left: Counter[str] = Counter()
         for run in runs:
             self.add(run)
-        for path in folder.glob("*"):  # of calls that were killed
+        left = list(folder.glob("*"))  # of calls that were killed
+        now = claims.clock(folder) if left else 0.0
+        for path in left:
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                if now - path.stat().st_mtime > _STALE_SECONDS:
                     _remove(path)
 
     def add(self, run: RunConfig) -> None:
@@ -101,7 +111,7 @@ class Needs:
 
 def _read(path: Path, task: Task, seed: int) -> Data | None:
     try:
-        digest = (path / "digest").read_text()
+        digest = (path / "digest").read_text(encoding="ascii")
         splits = {split: _columns(path, split) for split in data.SPLITS}
         if data.digest(splits) != digest:
             return None
@@ -128,7 +138,7 @@ def _write(path: Path, made: Data) -> None:
             for name, column in getattr(made, split)._asdict().items():
                 if column is not None:
                     np.save(temporary / f"{split}.{name}.npy", column, allow_pickle=False)
-        (temporary / "digest").write_text(made.digest)
+        (temporary / "digest").write_text(made.digest, encoding="ascii")
         shutil.rmtree(path, ignore_errors=True)  # a broken one
         temporary.rename(path)
     finally:
@@ -148,7 +158,8 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Wait for whoever else generates; the lock dies with its process."""
+    """Wait for whoever else generates, where files can be locked; the lock dies with its process."""
     with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

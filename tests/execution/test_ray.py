@@ -85,7 +85,7 @@ def owners(out="there"):
     for claim in Path(out).glob("*/claim.*"):
         with contextlib.suppress(OSError, ValueError):
             folder = RunFolder(Path(out), claim.parent.name)
-            pid = int(claim.read_text().split()[-1])
+            pid = int(claim.read_text().splitlines()[0].split()[-1])
             if folder.status() == "running" and folder.rows()[0]:
                 found[pid] = folder
     return found

@@ -1,12 +1,15 @@
 """One owner at a time, across processes and machines, and whoever slept too long writes nothing."""
 
+import errno
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -174,3 +177,119 @@ def test_whether_a_folder_is_held_is_asked_of_its_own_clock(tmp_path, monkeypatc
     held.release()
     assert not claims.is_held(tmp_path)
     assert not list(tmp_path.glob(".claim-*"))
+
+
+def _grants(file, operation):
+    """Lock nothing and say that it is done, as some file systems do."""
+
+
+def _refuses(file, operation):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+LOCKS = pytest.mark.parametrize("flock", [_grants, _refuses])
+
+SWEEP = """
+import fcntl, pathlib, socket, sys
+from mad_efla.execution import attempt, pool
+from mad_efla.runs import claims
+from tests.runs import test_claims
+from tests.tiny import tiny
+fcntl.flock = getattr(test_claims, sys.argv[1])
+socket.gethostname = lambda: "node"
+train, take = attempt.train, claims.take
+def told(*arguments, **options):
+    print("made", flush=True)
+    sys.stdin.readline()
+    return train(*arguments, **options)
+def refused(folder):
+    claim = take(folder)
+    print("claimed" if claim else "refused", flush=True)
+    return claim
+attempt.train, claims.take = told, refused
+pool.execute([tiny()], pathlib.Path("runs"), device="cpu", workers=0)
+"""
+
+
+@LOCKS
+def test_without_locks_a_run_is_made_once_by_two_machines_of_one_name(tmp_path, monkeypatch, flock):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]))
+    monkeypatch.setenv("MAD_KERNELS_BACKEND", "reference")  # nothing to be compiled
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first, second = (subprocess.Popen([sys.executable, "-c", SWEEP, flock.__name__], **pipes) for _ in range(2))
+    said = first.stdout.readline(), second.stdout.readline()
+    assert sorted(said) == ["claimed\n", "refused\n"]
+    maker, other = (first, second) if said[0] == "claimed\n" else (second, first)
+    assert maker.stdout.readline() == "made\n"
+    assert other.stdout.readline() == "refused\n"  # while the first is at it
+    assert maker.communicate("go on\n", timeout=600)[0].split() == []
+    assert "made" not in other.communicate(timeout=600)[0].split()
+    assert (maker.returncode, other.returncode) == (0, 0)
+    folder = RunFolder(tmp_path / "runs", tiny().fingerprint)
+    assert folder.status() == "finished"
+    steps = [row.step for row in folder.rows()[0] if "train/loss" in row.metrics]
+    assert steps == [10, 20, 30]
+
+
+@LOCKS
+def test_without_locks_a_claim_excludes_others_and_a_dead_owner_is_followed_at_once(
+    tmp_path, monkeypatch, holder, flock
+):
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert claims.is_held(tmp_path)
+    assert claims.take(tmp_path) is None
+    holder.kill()
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # a zombie, which nobody has asked for yet
+    assert not claims.is_held(tmp_path)
+    first = claims.take(tmp_path)
+    assert first.path.name == "claim.2"
+    assert claims.take(tmp_path) is None
+    first.release()
+    assert not claims.is_held(tmp_path)
+
+
+def test_a_machine_of_equal_name_is_another_machine(tmp_path):
+    with subprocess.Popen(["true"]) as process:
+        pass
+    (tmp_path / "claim.1").write_text(f"{socket.gethostname()} process {process.pid}\nanother boot 1\n")
+    assert claims.is_held(tmp_path)  # its process would be gone here
+    assert claims.take(tmp_path) is None
+
+
+def test_a_number_that_another_process_has_by_now_is_not_the_owner(tmp_path):
+    first = claims.take(tmp_path)
+    host, machine = first.path.read_text().splitlines()
+    first.release()
+    started = machine.split()[-1]
+    (tmp_path / "claim.2").write_text(f"{host}\n{machine.removesuffix(started)}{int(started) - 1}\n")
+    assert not claims.is_held(tmp_path)
+
+
+@pytest.mark.parametrize("refused", ["link", "fsync"])
+def test_claims_need_neither_hard_links_nor_synced_folders(tmp_path, monkeypatch, refused):
+    def refuse(*arguments):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(f"os.{refused}", refuse)
+    claim = claims.take(tmp_path)
+    assert claims.take(tmp_path) is None
+    claim.release()
+    assert [p.name for p in tmp_path.iterdir()] == ["claim.1"]
+
+
+def test_a_failure_is_written_by_whoever_holds_the_run_and_by_nobody_else(tmp_path):
+    run = tiny()
+    folder, other = (RunFolder(tmp_path, run.fingerprint) for _ in range(2))
+    folder.create(run)
+    with folder.lock() as free:
+        assert free
+        assert not other.fail("failed", "its node is gone", "")
+        assert folder.failure() is None
+        assert folder.fail("failed", "mine", "")
+    assert folder.failure().reason == "mine"
+    assert other.fail("failed", "its node is gone", "")  # under a claim of its own
+    assert folder.failure().reason == "its node is gone"
+    assert not claims.is_held(folder.path)
+    (tmp_path / run.fingerprint / "claim.3").write_text("another-machine process 1")
+    assert not other.fail("failed", "by a clock of its own", "")
+    assert folder.failure().reason == "its node is gone"

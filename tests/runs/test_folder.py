@@ -1,7 +1,11 @@
 """What a run folder promises: whole files or none, and nothing deleted in silence."""
 
+import errno
 import json
+import os
 import random
+import re
+import stat
 
 import pytest
 import torch
@@ -83,7 +87,7 @@ def test_a_broken_result_is_said_by_readers_and_set_aside_by_sweeps(folder, brok
     path.write_bytes(broken)
     before = sorted(folder.path.iterdir())
     assert folder.result() is None and folder.status() == "waiting"
-    assert folder.notes == [f"{path}: cannot be read"]
+    assert folder.notes == [f"{path}: cannot be read; its sweep makes the run again"]
     assert sorted(folder.path.iterdir()) == before and path.read_bytes() == broken
     (note,) = mend(folder.path.parent, [folder.fingerprint])
     assert "set aside as result.json.broken-1" in note
@@ -208,6 +212,24 @@ def test_writing_replaces_a_file_whole(tmp_path):
     write_bytes(path, b"two")
     assert path.read_bytes() == b"two"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize(
+    ("number", "folders"), [(errno.EINVAL, False), (errno.EIO, True), (errno.EIO, False), (errno.ENOSPC, False)]
+)
+def test_a_file_system_that_cannot_sync_is_written_and_a_lost_file_is_an_error(folder, monkeypatch, number, folders):
+    def refuse(file):
+        if not folders or stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    folder.append([Row(1, 1, {"a": 1.0})])
+    monkeypatch.setattr("os.fsync", refuse)
+    if folders or number == errno.EINVAL:
+        folder.save_checkpoint({"step": 1})
+        assert folder.load_checkpoint()["step"] == 1
+    else:
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            folder.save_checkpoint({"step": 1})
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):

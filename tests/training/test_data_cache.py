@@ -1,6 +1,8 @@
 """Data is made once, is what it says it is, and never stands in a run's way."""
 
+import errno
 import multiprocessing
+import os
 import warnings
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def test_tensors_share_the_files_memory_and_cannot_change_them(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["cut", "flip", "remove", "empty", "digest", "more"])
-def test_what_is_broken_is_made_again(tmp_path, spoil):
+def test_what_is_broken_is_made_again_and_said(tmp_path, caplog, spoil):
     run = tiny()
     load(tmp_path, run)
     expected, path = data.make(run.task, run.seed, run.data), path_of(tmp_path, run)
@@ -86,6 +88,7 @@ def test_what_is_broken_is_made_again(tmp_path, spoil):
     else:
         (path / "train.other.npy").write_bytes(raw)
     assert same(load(tmp_path, run), expected)
+    assert f"{path}: is broken and is made again" in caplog.text
     assert (path / "digest").read_text() == expected.digest
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == [path.name]
 
@@ -151,3 +154,38 @@ def test_what_a_killed_call_left_is_removed_after_a_day(tmp_path, monkeypatch):
     monkeypatch.setattr(data_cache, "_STALE_SECONDS", -1.0)
     data_cache.Needs(tmp_path, [])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("works", [False, True], ids=["refused", "granted to all"])
+def test_without_locks_data_is_kept_all_the_same(tmp_path, monkeypatch, counted, works):
+    def flock(file, operation):
+        if not works:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run = tiny()
+    expected = data.make(run.task, run.seed, run.data)
+    counted.clear()
+    assert same(load(tmp_path, run), expected)
+    assert same(load(tmp_path, run), expected)
+    assert len(counted) == 1
+    write = data_cache._write
+
+    def second(path, made):  # while another process writes the same
+        write(path, made)
+        write(path, made)
+
+    monkeypatch.setattr(data_cache, "_write", second)
+    monkeypatch.setattr("shutil.rmtree", lambda *a, **k: None)
+    assert same(load(tmp_path, tiny(seed=1)), data.make(run.task, 1, run.data))
+
+
+def test_what_is_old_is_told_by_the_clock_of_its_own_disk(tmp_path, monkeypatch):
+    run = tiny()
+    load(tmp_path, run)
+    monkeypatch.setattr("time.time", lambda: 4e9)  # this machine's clock is far ahead
+    data_cache.Needs(tmp_path, [])
+    assert path_of(tmp_path, run).exists()
+    os.utime(path_of(tmp_path, run), (1e9, 1e9))
+    data_cache.Needs(tmp_path, [])
+    assert not path_of(tmp_path, run).exists()

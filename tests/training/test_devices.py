@@ -1,5 +1,6 @@
 """Processes spread over GPUs; places of dead ones are free."""
 
+import errno
 import os
 
 from mad_efla.training import devices
@@ -12,3 +13,14 @@ def test_places_fill_row_by_row_and_come_free(tmp_path, monkeypatch):
     os.close(taken[1][1])
     assert devices.place(2)[0] == 1
     assert devices.place(3)[0] == 2
+
+
+def test_where_no_file_can_be_locked_a_place_is_had_all_the_same(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("fcntl.flock", refuse)
+    device, file = devices.place(2)
+    os.close(file)
+    assert device == os.getpid() % 2
