@@ -116,7 +116,7 @@ def sweep(
 
     runner = executors.choose(executor, device=device, workers=workers, per_device=per_device)
     sweeps = [expand.expand(task, plan, assignments, runner.precision) for task in tasks]
-    found = [fits.check(sweep) for sweep in sweeps]
+    found = [fits.check(sweep, runner.device) for sweep in sweeps]
     if dry_run:
         _dry_run(sweeps, found, out, runner.slots)
         return
@@ -173,7 +173,7 @@ def _dry_run(sweeps: "list[Sweep]", fits: "list[Fit]", out: Path, slots: int) ->
     )
 
 
-def _size_of(run: "RunConfig", found: "Sweep", sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
+def _size_of(run: "RunConfig", found: "Sweep", sizes: dict[str, tuple[int, int | None]]) -> tuple[int, int | None]:
     """Return the size of a measured run's model: that of the run that chooses beside it."""
     alike = next(r for r in found.runs if (r.mixer, r.condition) == (run.mixer, run.condition))
     return sizes[alike.fingerprint]

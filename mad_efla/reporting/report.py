@@ -392,12 +392,15 @@ def _curve(line: Cell, part: _Part) -> Curve | None:
 
 
 def _memory(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
-    panels = []
+    panels, unknown = [], set()
     for task, lines in part.by_task().items():
         points = []
         for t in part.board.tasks:
-            sizes = [line.state_size for line in lines if line.mixer == t.mixer]
+            sizes = [line.state_size for line in lines if line.mixer == t.mixer and line.state_size is not None]
             if t.task == task and t.accuracy and t.mixer in part.names:
+                if not sizes:
+                    unknown.add(t.mixer)
+                    continue
                 points.append(Point(t.mixer, (min(sizes), max(sizes)), t.accuracy))
         if len({p.states for p in points}) > 1:
             panels.append(Panel(task, "state, numbers", points))
@@ -408,6 +411,8 @@ def _memory(part: _Part, pictures: "_Pictures") -> list[Picture | Table]:
         "windows of convolutions included; attention's grow with the sequence, and a bar across "
         f"spans the settings.{_left_out(part)}"
     )
+    if unknown:
+        caption += f" Not shown, for their state is unknown: {', '.join(sorted(unknown))}."
     return [pictures.draw("memory", caption, lambda width: sweeps.memory(panels, part.names, width=width))]
 
 

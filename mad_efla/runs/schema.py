@@ -52,7 +52,7 @@ class Result(Section):
         steps_to_90: First evaluated step with validation token accuracy of at least 0.9.
         ceiling: Share of scored test positions that can be answered at all, in [0, 1].
         parameters: Trained numbers.
-        state_size: Numbers carried between tokens at the task's length, all layers.
+        state_size: Numbers carried between tokens at the task's length, all layers; None: unknown.
         seconds: Wall time spent training and evaluating, all attempts.
         train_seconds: The part of it inside training steps.
         spent: Parts of the rest: data, model, evaluation, spectrum, logging, checkpoint.
@@ -73,7 +73,7 @@ class Result(Section):
     steps_to_90: int | None
     ceiling: float = 1.0
     parameters: int
-    state_size: int
+    state_size: int | None
     seconds: float
     train_seconds: float
     spent: dict[str, float] = Field(default_factory=dict)

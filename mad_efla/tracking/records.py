@@ -118,6 +118,8 @@ def result_tags(result: Result) -> dict[str, str]:
     for name in ("stopped", "chosen_step"):
         if getattr(result, name) is not None:
             tags[f"mad.{name}"] = str(getattr(result, name))
+    if result.state_size is None:  # a metric holds numbers only
+        tags["mad.state_size"] = "unknown"
     if result.status == "diverged":
         tags["mlflow.note.content"] = f"Diverged: {result.stopped}."
     return tags
@@ -221,7 +223,7 @@ def leaderboard(found: list[Cell]) -> list[list[str | float | None]]:
                 len(cell.seeds),
                 *numbers,
                 cell.parameters,
-                cell.state_size,
+                "unknown" if cell.state_size is None else cell.state_size,
                 cell.steps_to_90,
                 round(cell.seconds, 1),
                 note,
