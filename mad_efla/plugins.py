@@ -2,6 +2,7 @@
 
 There is no registry to edit: the built-in task `recall` is the one `Task` that
 `mad_efla/tasks/recall.py` defines, the mixer `efla` the `Mixer` of `mad_efla/mixers/efla.py`.
+A mixer of the user's own need not be a `Mixer`: any `nn.Module` is made one, see `mixers/_guest.py`.
 """
 
 import ast
@@ -12,13 +13,18 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from torch import nn
 
 import mad_efla.mixers
 import mad_efla.tasks
 from mad_efla.config import ConfigError, suggest
 from mad_efla.mixers import Mixer
+from mad_efla.mixers._guest import adopt, reason
 from mad_efla.tasks import Task
 
 
@@ -34,12 +40,14 @@ def task(name: str) -> type[Task]:
 
 @functools.cache
 def mixer(name: str) -> type[Mixer]:
-    """Return the mixer class called `name`.
+    """Return the mixer class called `name`; a layer of somebody else's is made one.
 
     Raises:
-        ConfigError: There is none, or it is no mixer.
+        ConfigError: There is none, or it is no mixer and no module that can be made one.
     """
-    return _find(name, "mixer", mad_efla.mixers, Mixer)
+    if ":" not in name:
+        return _find(name, "mixer", mad_efla.mixers, Mixer)
+    return _mixer_of(name, "mixer", _imported(name, "mixer"))
 
 
 def either(name: str) -> type[Task] | type[Mixer]:
@@ -49,7 +57,9 @@ def either(name: str) -> type[Task] | type[Mixer]:
         ConfigError: There is none, or it is neither.
     """
     if ":" in name:
-        return _import(name, "plug-in", (Task, Mixer))
+        found = _imported(name, "plug-in")
+        own = inspect.isclass(found) and issubclass(found, Task)
+        return _concrete(name, "plug-in", found) if own else _mixer_of(name, "plug-in", found)
     known = [*names(mad_efla.tasks), *names(mad_efla.mixers)]
     if name not in known:
         raise ConfigError(f"{name!r} is no task and no mixer{suggest(name, known)}")
@@ -60,7 +70,8 @@ def source_digest(name: str) -> str:
     """Return a digest of a plug-in's source: its module and what that imports from its own tree.
 
     Files count in the order of their paths below the tree's folder, so a tree may be moved. What
-    is installed (site-packages, the standard library, this package) is no part of it.
+    is installed (site-packages, the standard library, this package) is no part of it; an installed
+    plug-in is known by its own file and its distribution's version.
 
     Args:
         name: `package.module:Name`.
@@ -77,6 +88,9 @@ def source_digest(name: str) -> str:
         )
     depth = module_name.count(".") + (path.name == "__init__.py")
     root = path.resolve().parents[depth]
+    if root.name in _INSTALLED:
+        lines = [hashlib.sha256(path.read_bytes()).hexdigest(), *_versions(module_name.partition(".")[0])]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
     files: dict[Path, str] = {}
     waiting = [(path.resolve(), module_name)]
     while waiting:
@@ -100,7 +114,10 @@ def names(package: ModuleType) -> list[str]:
 
 def _find(name: str, kind: str, package: ModuleType, contract: type) -> type:
     if ":" in name:
-        return _import(name, kind, contract)
+        found = _imported(name, kind)
+        if not (inspect.isclass(found) and issubclass(found, contract)):
+            raise ConfigError(f"{kind} {name!r} must be a class derived from {contract.__name__}")
+        return _concrete(name, kind, found)
     known = names(package)
     if name not in known:
         raise ConfigError(f"{kind} {name!r} is unknown{suggest(name, known)}")
@@ -114,20 +131,58 @@ def _find(name: str, kind: str, package: ModuleType, contract: type) -> type:
     return found[0]
 
 
-def _import(name: str, kind: str, contract: type | tuple[type, ...]) -> type:
-    module_name, _, attribute = name.partition(":")
+def _mixer_of(name: str, kind: str, found: Any) -> type[Mixer]:
+    """Take a mixer as it is, and make one of any other module."""
+    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
+        what = "an instance" if isinstance(found, nn.Module) else f"a {type(found).__name__}"
+        what = f"the class {found.__name__}" if inspect.isclass(found) else what
+        wanted = "Task or torch.nn.Module" if kind == "plug-in" else "torch.nn.Module"
+        raise ConfigError(f"{kind} {name!r} is {what}; it must be a class derived from {wanted}")
+    if issubclass(found, Mixer):
+        return _concrete(name, kind, found)
+    if not any("forward" in vars(base) for base in found.__mro__ if base is not nn.Module):
+        raise ConfigError(f"{kind} {name!r} has to define forward(x), x being [B, L, D]; see CONTRIBUTING.md")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{kind} {name!r}: {error}; write it as package.module:Name, importable from here") from error
-    if not (inspect.isclass(found) and issubclass(found, contract)):
-        bases = contract if isinstance(contract, tuple) else (contract,)
-        wanted = " or ".join(base.__name__ for base in bases)
-        raise ConfigError(f"{kind} {name!r} must be a class derived from {wanted}")
+        return adopt(name, found)
+    except ValueError as error:
+        raise ConfigError(f"{kind} {name!r}: {error}") from error
+
+
+def _concrete(name: str, kind: str, found: type) -> type:
     if inspect.isabstract(found):
         missing = ", ".join(sorted(vars(found)["__abstractmethods__"]))
         raise ConfigError(f"{kind} {name!r} has to define {missing}; see CONTRIBUTING.md")
     return found
+
+
+_COMES_WITH = {"fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm"}
+
+
+def _imported(name: str, kind: str) -> Any:
+    """Import what `package.module:Name` names.
+
+    Raises:
+        ConfigError: It cannot be imported, whatever its module does when it is; or is not in there.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        cure = "write it as package.module:Name, importable from here"
+        if package in _COMES_WITH:
+            cure = f"it comes with {_COMES_WITH[package]}: pip install {_COMES_WITH[package]}"
+        elif error.name and not f"{module_name}.".startswith(f"{error.name}."):
+            cure = f"{module_name} imports it: pip install what it comes with"
+        raise ConfigError(f"{kind} {name!r}: {error}; {cure}") from error
+    except SyntaxError as error:
+        raise ConfigError(f"{kind} {name!r}: {error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:  # a module may do anything
+        raise ConfigError(f"{kind} {name!r}: importing {module_name} fails: {reason(error)}") from error
+    if not hasattr(module, attribute):
+        classes = [n for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, (nn.Module, Task))]
+        raise ConfigError(f"{kind} {name!r}: {module_name} has no {attribute!r}{suggest(attribute, classes)}")
+    return getattr(module, attribute)
 
 
 def _source(module_name: str) -> Path | None:
@@ -143,10 +198,21 @@ def _source(module_name: str) -> Path | None:
     return Path(place)
 
 
+_INSTALLED = {"site-packages", "dist-packages"}
+
+
+@functools.cache
+def _versions(package: str) -> list[str]:
+    """List name and version of what an installed package comes with, less the kind of build (+cpu)."""
+    try:
+        names = [metadata.distribution(package).name]
+    except metadata.PackageNotFoundError:  # its name is another one; to look through all takes a while
+        names = sorted(set(metadata.packages_distributions().get(package, [])))
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
+
+
 def _belongs(path: Path, root: Path) -> bool:
-    installed = {"site-packages", "dist-packages"} & set(
-        path.relative_to(root).parts if path.is_relative_to(root) else ["site-packages"]
-    )
+    installed = _INSTALLED & set(path.relative_to(root).parts if path.is_relative_to(root) else ["site-packages"])
     ours = Path(__file__).resolve().parent
     return not installed and not path.is_relative_to(ours)
 

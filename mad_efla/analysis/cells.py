@@ -126,8 +126,8 @@ class Cell:
         return self.results[0].parameters
 
     @property
-    def state_size(self) -> int:
-        """Numbers carried between tokens."""
+    def state_size(self) -> int | None:
+        """Numbers carried between tokens; None where that is unknown."""
         return self.results[0].state_size
 
     @property

@@ -128,10 +128,10 @@ def dry_run(
     from mad_efla.plan import expand
     from mad_efla.training import fits
 
-    precision = executors.choose("local", device=device, workers=0).precision
-    sweeps = [expand.expand(name, plan, _assignments(sets, mixers), precision) for name in _some(tasks)]
+    runner = executors.choose("local", device=device, workers=0)
+    sweeps = [expand.expand(name, plan, _assignments(sets, mixers), runner.precision) for name in _some(tasks)]
     for found in sweeps:
-        fits.check(found)
+        fits.check(found, runner.device)
     return sweeps
 
 
@@ -193,7 +193,7 @@ def sweep(
     runner = executors.choose("local", device=device, workers=workers)
     sweeps = [expand.expand(name, plan, _assignments(sets, mixers), runner.precision) for name in _some(tasks)]
     for found in sweeps:
-        fits.check(found)
+        fits.check(found, runner.device)
     if workers != 0:
         processes.prepare(runner.device)
     follow = live.Follow if (_in_notebook() if progress is None else progress) else _Silent

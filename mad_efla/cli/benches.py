@@ -50,7 +50,7 @@ def bench_step(task: str, plan: str, assignments: tuple[str, ...], device: str, 
 
     device = machine.resolve_device(device)
     found = expand.expand(task, plan, assignments, machine.resolve_precision(device))
-    fits.check(found)
+    fits.check(found, device)
     shapes = {(r.setting, r.mixer): r for r in reversed(found.runs)}
     times = steps(list(reversed(shapes.values())), device, rounds)
     terminal.stdout().print(step_times(times))
@@ -143,7 +143,7 @@ def bench_device(
     precision = machine.resolve_precision(device)
     sweeps = [expand.expand(task, plan, assignments, precision) for task in tasks]
     for sweep in sweeps:
-        fits.check(sweep)
+        fits.check(sweep, device)
     runs = [r for sweep in sweeps for r in sweep.runs]
     for row in throughput.measure(runs, device, seconds, list(at_once)):
         line = json.dumps(row)

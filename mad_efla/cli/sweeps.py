@@ -118,7 +118,7 @@ def sweep(
     runner = executors.choose(executor, device=device, workers=workers, per_device=per_device)
     if budget is None:
         sweeps = [expand.expand(task, plan, assignments, runner.precision) for task in tasks]
-        found = [fits.check(sweep) for sweep in sweeps]
+        found = [fits.check(sweep, runner.device) for sweep in sweeps]
     else:
         sweeps, found = _within(budget, tasks, plan, assignments, runner, out)
     if dry_run:
@@ -155,7 +155,7 @@ def _within(
     if not any(a.startswith("seeds") for a in assignments):
         more = f"seeds={budget.seeds(own, asked[0].choosing)}"
         asked = [expand.expand(task, plan, (*assignments, more), runner.precision) for task in tasks]
-    found = [fits.check(sweep) for sweep in asked]
+    found = [fits.check(sweep, runner.device) for sweep in asked]
     sizes = {f: s for fit in found for f, s in fit.sizes.items()}
     for sweep in asked:
         sizes |= {r.fingerprint: _size_of(r, sweep, sizes) for runs in sweep.measured.values() for r in runs}
@@ -219,7 +219,7 @@ def _notes(sweeps: "list[Sweep]") -> list[str]:
     return [f"note: {note}" for note in dict.fromkeys(note for found in sweeps for note in found.notes)]
 
 
-def _size_of(run: "RunConfig", found: "Sweep", sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
+def _size_of(run: "RunConfig", found: "Sweep", sizes: dict[str, tuple[int, int | None]]) -> tuple[int, int | None]:
     """Return the size of a measured run's model: that of the run that chooses beside it."""
     alike = next(r for r in found.runs if (r.mixer, r.condition) == (run.mixer, run.condition))
     return sizes[alike.fingerprint]

@@ -154,13 +154,13 @@ class Estimate(NamedTuple):
     basis: str
 
 
-def estimate(runs: list[RunConfig], out: Path, sizes: Mapping[str, tuple[int, int]], workers: int) -> Estimate:
+def estimate(runs: list[RunConfig], out: Path, sizes: Mapping[str, tuple[int, int | None]], workers: int) -> Estimate:
     """Estimate the time of the runs that have no result under `out` yet.
 
     Args:
         runs: All runs of a sweep.
         out: The folder of run folders.
-        sizes: Parameters and state size by fingerprint.
+        sizes: Parameters and state size by fingerprint; a state may be unknown.
         workers: How many run at a time.
     """
     costs = Costs(runs)

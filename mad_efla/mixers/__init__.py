@@ -3,14 +3,18 @@
 What every mixer promises, and one test battery holds:
 
 - the shape is kept, outputs depend on no later token and on no other row of the batch;
-- every parameter gets a finite gradient, and the mixer's own initialisation is what it trains from;
-- `step` fed token by token from `initial_state` gives what `forward` gives at once;
-- `state_size` is the number of values `step` carries from one token to the next.
+- every parameter gets a finite gradient, and the mixer's own initialisation is what it trains from.
+
+`forward` is all that a mixer needs. What else it can do are abilities, and ours have all of them:
+
+- decoding: `step` fed token by token from `initial_state` gives what `forward` gives at once;
+- a known memory: `state_size` is the number of values carried from one token to the next;
+- dynamics: how its memory moves, for `mad_efla.spectrum`.
 """
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +30,20 @@ from mad_kernels.checks import working_dtype
 
 State = tuple[Tensor, ...]
 """What a mixer carries between tokens; the first axis of every tensor is the batch."""
+
+
+class Place(NamedTuple):
+    """Where in a model a mixer stands.
+
+    Attributes:
+        layer: Its number among the mixers, from 0.
+        depth: Mixers there are.
+        length: Tokens of the longest sequence.
+    """
+
+    layer: int = 0
+    depth: int = 1
+    length: int = 128
 
 
 class MixerConfig(Section):
@@ -193,13 +211,24 @@ class Mixer(nn.Module, ABC, Generic[ConfigT]):
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Mix along L."""
 
-    @abstractmethod
-    def initial_state(self, batch: int, device: torch.device) -> State:
-        """Return the state before the first token."""
+    @classmethod
+    def placed(cls, d_model: int, config: ConfigT, place: Place) -> "Mixer[ConfigT]":
+        """Build it for a place in a model; mixers of ours are the same at every one."""
+        del place
+        return cls(d_model, config)
 
-    @abstractmethod
+    @property
+    def decodes(self) -> bool:
+        """Whether it can go token by token: `initial_state` and `step` are defined."""
+        return type(self).step is not Mixer.step and type(self).initial_state is not Mixer.initial_state
+
+    def initial_state(self, batch: int, device: torch.device) -> State:
+        """Return the state before the first token; an ability, together with `step`."""
+        raise NotImplementedError(f"{self.config.name} has no `initial_state`: it cannot go token by token")
+
     def step(self, x: Float[Tensor, "B D"], state: State) -> tuple[Float[Tensor, "B D"], State]:
-        """Mix one more token."""
+        """Mix one more token; an ability, together with `initial_state`."""
+        raise NotImplementedError(f"{self.config.name} has no `step`: it cannot go token by token")
 
     def dynamics(self, x: Float[Tensor, "B L D"]) -> Dynamics | AttentionTrace | None:
         """Return how the memory moves on this input, for `mad_efla.spectrum`.
@@ -209,27 +238,34 @@ class Mixer(nn.Module, ABC, Generic[ConfigT]):
         del x
         return None
 
-    def flops(self, seq_len: int) -> int:
+    def flops(self, seq_len: int) -> int | None:
         """Count floating-point operations per token of `forward`, the mean over `seq_len` tokens.
 
         Two for each multiply-add; what is elementwise (norms, gates, activations) is left out.
-        Every weight of two axes is used once per token; the rest is `mixing_flops`.
+        Every weight of two axes is used once per token; the rest is `mixing_flops`. None: unknown.
         """
         weights = sum(p.numel() for p in self.parameters() if p.ndim > 1)
-        return 2 * weights + self.mixing_flops(seq_len)
+        mixing = self.mixing_flops(seq_len)
+        return None if mixing is None else 2 * weights + mixing
 
-    def mixing_flops(self, seq_len: int) -> int:
-        """Count the operations per token by which tokens meet.
+    def mixing_flops(self, seq_len: int) -> int | None:
+        """Count the operations per token by which tokens meet; None where that is unknown.
 
         A state that is read, erased and written, two operations per number for each of these,
         unless a mixer says otherwise.
         """
-        return 6 * self.state_size(seq_len)
+        state = self.state_size(seq_len)
+        return None if state is None else 6 * state
 
-    def state_size(self, seq_len: int) -> int:
-        """Count the numbers carried to token `seq_len`, convolution included.
+    def state_size(self, seq_len: int) -> int | None:
+        """Count the numbers carried to token `seq_len`, convolution included; None where unknown.
 
-        Mixers whose state grows with the sequence override this.
+        Mixers whose state grows with the sequence override this, and so may one without `step`.
         """
         del seq_len
+        return self.carried if self.decodes else None
+
+    @property
+    def carried(self) -> int:
+        """Numbers of the state before the first token."""
         return sum(s.numel() for s in self.initial_state(1, torch.device("meta")))

@@ -85,7 +85,7 @@ class Attention(Mixer):
         """Count the keys and values that the next token needs, and the convolution's window."""
         if self.config.window is not None:
             seq_len = min(seq_len, self.config.window - 1)
-        return 2 * self.d_model * seq_len + super().state_size(seq_len)
+        return 2 * self.d_model * seq_len + self.carried
 
     def step(self, x: Float[Tensor, "B D"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """Attend from one more token."""

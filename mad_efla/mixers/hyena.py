@@ -83,7 +83,7 @@ class Hyena(Mixer):
 
     def state_size(self, seq_len: int) -> int:
         """Count the past inputs of the long convolution, and the short one's window."""
-        return self.d_model * seq_len + super().state_size(seq_len)
+        return self.d_model * seq_len + self.carried
 
     def step(self, x: Float[Tensor, "B D"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """Mix one more token: a sum over all inputs so far."""
@@ -96,7 +96,9 @@ class Hyena(Mixer):
 
     def flops(self, seq_len: int) -> int:
         """Count as every mixer does, less the filter, which is made once for a whole batch."""
-        return super().flops(seq_len) - 2 * sum(p.numel() for p in self.filter.parameters() if p.ndim > 1)
+        every = super().flops(seq_len)
+        assert every is not None
+        return every - 2 * sum(p.numel() for p in self.filter.parameters() if p.ndim > 1)
 
     def mixing_flops(self, seq_len: int) -> int:
         """Count two real Fourier transforms of 2 L numbers, 2.5 n log2 n each, and a product."""

@@ -242,7 +242,9 @@ def mixer_label(config: MixerConfig) -> str:
     """Name a mixer and the fields in which it departs from its defaults."""
     fields = type(config).model_fields
     changed = [
-        f"{key}={value}" for key, value in config.model_dump().items() if key != "name" and value != fields[key].default
+        f"{key}={value}"
+        for key, value in config.model_dump().items()
+        if key != "name" and (key not in fields or value != fields[key].default)
     ]
     return config.name + (f"({', '.join(changed)})" if changed else "")
 

@@ -67,9 +67,9 @@ def costs(at: Iterable[str]) -> Table:
         except ValueError as error:
             found.add_row(name, str(error))
             continue
-        held = size.state + size.window
-        numbers = (size.parameters, size.state, size.window, 4 * held, size.flops)
-        found.add_row(name, *(f"{n:,}" for n in numbers))
+        held = None if size.state is None else 4 * (size.state + size.window)
+        numbers = (size.parameters, size.state, size.window, held, size.flops)
+        found.add_row(name, *("unknown" if n is None else f"{n:,}" for n in numbers))
     found.caption = (
         "state and window: numbers carried from token to token, the window being the short "
         "convolution's; bytes of both in float32"

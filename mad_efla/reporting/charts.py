@@ -139,12 +139,15 @@ def _by_task(
 
 
 def _memory(chapter: Chapter) -> list[Picture]:
-    names, panels = _names(chapter), []
+    names, panels, unknown = _names(chapter), [], set()
     for task, own in chapter.by_task().items():
         points = []
         for score in chapter.board.tasks:
-            sizes = [cell.state_size for cell in own if cell.mixer == score.mixer]
+            sizes = [cell.state_size for cell in own if cell.mixer == score.mixer and cell.state_size is not None]
             if score.task == task and score.accuracy and score.mixer in names:
+                if not sizes:
+                    unknown.add(score.mixer)
+                    continue
                 points.append(StatePoint(score.mixer, (min(sizes), max(sizes)), score.accuracy))
         if len({p.states for p in points}) > 1:
             panels.append(Panel(task, "state, numbers", points))
@@ -153,6 +156,8 @@ def _memory(chapter: Chapter) -> list[Picture]:
         "windows of convolutions included; attention's grow with the sequence, and a bar across "
         f"spans the settings.{_left_out(chapter)}"
     )
+    if unknown:
+        caption += f" Not shown, for their state is unknown: {', '.join(sorted(unknown))}."
     drawn = Picture("memory", caption, lambda width: sweeps.memory(panels, names, width=width))
     return [drawn] if panels else []
 

@@ -63,7 +63,7 @@ def sweep(found: "Sequence[Cell]", title: str = "") -> Table:
             cell.sequence_accuracy,
             cell.loss,
             cell.parameters,
-            cell.state_size,
+            _unknown(cell.state_size),
             _steps(cell.steps_to_90),
             cell.seconds,
             point(cell.point),
@@ -77,6 +77,10 @@ def sweep(found: "Sequence[Cell]", title: str = "") -> Table:
 def _range(cell: "Cell") -> str:
     values = cell.values().values()
     return f"{100 * min(values):.1f}, {100 * max(values):.1f}" if len(values) > 1 else ""
+
+
+def _unknown(size: int | None) -> Value:
+    return "unknown" if size is None else size
 
 
 def _steps(value: float | None) -> Value:
@@ -308,7 +312,7 @@ def accounts(found: "list[Account]") -> list[Table]:
 # ------------------------------------------------------------------ runs, spectra, contracts
 
 
-def runs(found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict[str, tuple[int, int]]) -> Table:
+def runs(found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict[str, tuple[int, int | None]]) -> Table:
     """The runs that a sweep would make, with what differs between them.
 
     A long sweep has a row per setting and mixer, with all the values of its runs in a cell.
@@ -316,7 +320,7 @@ def runs(found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict[str,
     Args:
         found: The runs.
         columns: What differs between them: by field, a value per run.
-        sizes: Parameters and state size by fingerprint.
+        sizes: Parameters and state size by fingerprint; a state may be unknown.
     """
     rows: dict[Any, list[int]] = {}
     mixers = columns.get("mixer", [""] * len(found))
@@ -331,7 +335,8 @@ def runs(found: list[RunConfig], columns: dict[str, list[Any]], sizes: dict[str,
         cells = [", ".join(str(v) for v in dict.fromkeys(column[i] for i in indices)) for column in columns.values()]
         run = found[indices[0]]
         first = run.fingerprint if short else str(len(indices))
-        made.append([first, *cells, run.steps, *sizes[run.fingerprint]])
+        parameters, state = sizes[run.fingerprint]
+        made.append([first, *cells, run.steps, parameters, _unknown(state)])
     return Table(heads, made)
 
 
@@ -371,7 +376,7 @@ def _layer(row: str) -> float:
 
 
 def findings(title: str, found: list[Finding]) -> Table:
-    """What holds and what fails of a contract."""
-    columns = [Column(""), Column("promise"), Column("how it is broken")]
-    rows: list[list[Value]] = [["FAILS" if broken else "holds", promise, broken] for promise, broken in found]
+    """What holds and what fails of a contract, with a word on what is no fault."""
+    columns = [Column(""), Column("promise"), Column("how it is broken, or what to know")]
+    rows: list[list[Value]] = [["FAILS" if f.broken else "holds", f.promise, f.broken or f.word] for f in found]
     return Table(columns, rows, title)

@@ -70,8 +70,10 @@ def matches(found: list[Match]) -> list[str]:
     lines = []
     for match in found:
         what = "state per mixer layer" if match.kind == "state" else "parameters"
-        verdict = "as asked for" if not match.miss else f"{100 * match.miss:+,.1f} %"
-        lines.append(f"match {what} {match.wanted:,}: {match.mixer} has {match.found:,}, {verdict}")
+        has, verdict = "an unknown number", "which its layer would have to tell: see CONTRIBUTING.md"
+        if match.found is not None:
+            has, verdict = f"{match.found:,}", f"{100 * match.miss:+,.1f} %" if match.miss else "as asked for"
+        lines.append(f"match {what} {match.wanted:,}: {match.mixer} has {has}, {verdict}")
     return lines
 
 

@@ -58,7 +58,7 @@ class Result(Section):
         chance: Share of them that the commonest answer of the training split gets right, in [0, 1];
             results of earlier versions have none.
         parameters: Trained numbers.
-        state_size: Numbers carried between tokens at the task's length, all layers.
+        state_size: Numbers carried between tokens at the task's length, all layers; None: unknown.
         seconds: Wall time spent training and evaluating, all attempts.
         train_seconds: The part of it inside training steps.
         spent: Parts of the rest: data, model, evaluation, spectrum, logging, checkpoint.
@@ -80,7 +80,7 @@ class Result(Section):
     ceiling: float = 1.0
     chance: float | None = None
     parameters: int
-    state_size: int
+    state_size: int | None
     seconds: float
     train_seconds: float
     spent: dict[str, float] = Field(default_factory=dict)

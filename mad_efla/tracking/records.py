@@ -162,6 +162,8 @@ def result_tags(result: Result) -> dict[str, str]:
     for what in ("stopped", "chosen_step"):
         if getattr(result, what) is not None:
             tags[f"mad.{what}"] = str(getattr(result, what))
+    if result.state_size is None:  # a metric holds numbers only
+        tags["mad.state_size"] = "unknown"
     if result.status == "diverged":
         tags[NOTE] = f"Diverged: {result.stopped}."
     return tags
@@ -279,7 +281,7 @@ def leaderboard(found: list[Cell]) -> list[list[str | float | None]]:
                 len(cell.seeds),
                 *numbers,
                 cell.parameters,
-                cell.state_size,
+                "unknown" if cell.state_size is None else cell.state_size,
                 cell.steps_to_90,
                 round(cell.seconds, 1),
                 note,

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from mad_efla import plugins
 from mad_efla.config import ConfigError
-from mad_efla.mixers import Mixer, MixerConfig, RMSNorm
+from mad_efla.mixers import Mixer, MixerConfig, Place, RMSNorm
 from mad_efla.plan.run import ModelConfig, RunConfig
+from mad_efla.training import randomness
 from mad_kernels import swiglu
 
 
@@ -266,10 +267,12 @@ def build(run: RunConfig) -> Backbone:
     Raises:
         ConfigError: The mixers do not fit the width, or the model's fields the backbone.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
+    with randomness.building(run.seed):
         try:
-            mixers = [plugins.mixer(m.name)(run.model.width, m) for m in run.mixers]
+            mixers = [
+                plugins.mixer(m.name).placed(run.model.width, m, Place(layer, len(run.mixers), run.task.input_length))
+                for layer, m in enumerate(run.mixers)
+            ]
         except ValueError as error:
             raise ConfigError(f"mixer {run.mixer}: {error}") from error
         found, length = BACKBONES[run.task.backbone], run.task.input_length
@@ -295,15 +298,15 @@ class MixerSize(NamedTuple):
 
     Attributes:
         parameters: Trained numbers.
-        state: Numbers carried between tokens, less the window.
-        window: Numbers that its short convolution carries.
-        flops: Operations per token, see `Mixer.flops`.
+        state: Numbers carried between tokens, less the window; None where that is unknown.
+        window: Numbers that its short convolution carries, as far as it is one of ours.
+        flops: Operations per token, see `Mixer.flops`; None where that is unknown.
     """
 
     parameters: int
-    state: int
+    state: int | None
     window: int
-    flops: int
+    flops: int | None
 
 
 def mixer_size(config: MixerConfig, width: int, seq_len: int) -> MixerSize:
@@ -314,17 +317,19 @@ def mixer_size(config: MixerConfig, width: int, seq_len: int) -> MixerSize:
     """
     found = plugins.mixer(config.name)
     with torch.random.fork_rng(devices=[]):
-        whole = bare = found(width, config)
-        if getattr(config, "conv", 0):
-            bare = found(width, config.model_copy(update={"conv": 0}))
-    state = bare.state_size(seq_len)
-    window = whole.state_size(seq_len) - state
+        place = Place(length=seq_len)
+        whole = bare = found.placed(width, config, place)
+        if getattr(config, "conv", 0) and ":" not in config.name:
+            bare = found.placed(width, config.model_copy(update={"conv": 0}), place)
+    state, held = bare.state_size(seq_len), whole.state_size(seq_len)
+    window = 0 if state is None or held is None else held - state
     return MixerSize(parameter_count(whole), state, window, whole.flops(seq_len))
 
 
-def state_size(model: Backbone, seq_len: int) -> int:
-    """Count the numbers all mixers carry between tokens, after `seq_len` of them."""
-    return sum(m.state_size(seq_len) for m in model.mixers)
+def state_size(model: Backbone, seq_len: int) -> int | None:
+    """Count the numbers all mixers carry between tokens, after `seq_len` of them; None if one's are unknown."""
+    sizes = [m.state_size(seq_len) for m in model.mixers]
+    return None if None in sizes else sum(size for size in sizes if size is not None)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -46,6 +46,16 @@ def untouched() -> Iterator[None]:
         restore(before)
 
 
+@contextlib.contextmanager
+def building(seed: int) -> Iterator[None]:
+    """Seed every global generator for the weights of a model, and put it back afterwards."""
+    with untouched():
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        yield
+
+
 def seed(seed: int) -> None:
     """Seed every global generator from a run's seed."""
     of_torch, of_numpy, of_python = data.stream(seed, "training").integers(2**32, size=3).tolist()

@@ -266,13 +266,18 @@ def _leave_the_default_stream() -> None:
 
 
 def _adamw(module: nn.Module, config: OptimConfig, capturable: bool) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, or everything, see `OptimConfig.decay`."""
+    """AdamW that decays matrices only, or everything, see `OptimConfig.decay`.
+
+    A layer's mark `_no_weight_decay` on a parameter is honoured where matrices are decayed.
+    """
     parameters, every = list(module.parameters()), config.decay == "all"
+    decayed = [every or (p.ndim >= 2 and not getattr(p, "_no_weight_decay", False)) for p in parameters]
     groups = [
-        {"params": [p for p in parameters if every or p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if not every and p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, d in zip(parameters, decayed, strict=True) if d], "weight_decay": config.weight_decay},
+        {"params": [p for p, d in zip(parameters, decayed, strict=True) if not d], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True, capturable=capturable)
+    fused = not any(p.is_complex() for p in parameters)  # the fused form knows real numbers only
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused, capturable=capturable)
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:

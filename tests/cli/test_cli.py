@@ -108,7 +108,9 @@ def test_a_failed_run_is_shown_with_its_traceback_and_status_1(files, monkeypatc
         "    class Config(EFLA.Config):\n"
         "        name: str\n"
         "    def forward(self, x):\n"
-        "        raise RuntimeError('mine')\n"
+        "        if len(x) > 4:  # more rows than the check before the first run has\n"
+        "            raise RuntimeError('mine')\n"
+        "        return super().forward(x)\n"
     )
     monkeypatch.syspath_prepend(files)
     done = call(*SWEEP, "--set", "mixers=[{name: 'mine:Mine', heads: 2}]", code=1)
