@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU: the loops against plain torch in float64, values and gradients.
+"""RMSNorm, SwiGLU and the token shift: the loops against plain torch in float64, values and gradients.
 
 Tolerances are relative L2 errors against float64 on the same (rounded) inputs; for bfloat16, a
 multiple of the error that plain torch itself makes on those inputs.
@@ -80,6 +80,22 @@ def test_swiglu_equals_plain_torch(shape, dtype):
     *front, width = shape
     h, slope = drawn((*front, 2 * width), shape, dtype=dtype)
     compare(mk.swiglu, [4 * h], [slope])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "rows"), [((3, 5, 7), 6), ((2, 1, 32), 1), ((1, 9, 100), 2), ((4, 3, 64), 3)])
+def test_the_token_shift_equals_plain_torch(shape, rows, dtype):
+    x, mix, *slopes = drawn(shape, (rows, shape[-1]), *[shape] * rows, dtype=dtype)
+    compare(mk.token_shift, [x, mix], slopes)
+
+
+def test_a_shift_reads_parts_of_a_projection_and_gradients_that_repeat():
+    x, mix, slope = drawn((2, 5, 36), (2, 36), (2, 5, 36))
+    slopes = [slope, slope[:, :1].expand(2, 5, 36)]
+    want = gradients(mk.token_shift, [x, mix], slopes)
+    got = gradients(lambda x, mix: mk.token_shift(slices(x), mix, backend="numba"), [x, mix], slopes)
+    for p, q in zip(got, want, strict=True):
+        assert relative(p, q) < 1e-13
 
 
 def test_a_branch_in_bfloat16_joins_a_stream_in_float32():
@@ -196,6 +212,7 @@ taps = torch.ones(8, 2)
 for call in (
     lambda x: mk.rms_norm(x, weight, 1e-5),
     lambda x: mk.swiglu(x),
+    lambda x: mk.token_shift(x[None], torch.ones(2, 8))[1],
     lambda x: mk.short_conv_split(x[None], taps, None, (3, 5), activation="silu")[1],
 ):
     compiled = torch.compile(call, backend="eager", fullgraph=True)

@@ -2,5 +2,6 @@
 
 from mad_kernels.elementwise.rms_norm import add_rms_norm, rms_norm
 from mad_kernels.elementwise.swiglu import swiglu
+from mad_kernels.elementwise.token_shift import token_shift
 
-__all__ = ["add_rms_norm", "rms_norm", "swiglu"]
+__all__ = ["add_rms_norm", "rms_norm", "swiglu", "token_shift"]

@@ -135,3 +135,52 @@ def swiglu_backward(h, step, width, dy, step_dy, ones, dh):
             dg = mul(mul(slope, value), mul(s, fma(gate, sub(one, s), one)))
             put(dh, into + j, dg, left)
             put(dh, into + width + j, mul(slope, mul(gate, s)), left)
+
+
+@compile_loop
+@no_type_check
+def token_shift_forward(x, step, mix, L, width, parts):
+    """Fill `parts`, an array for each row of mix: a token moved by its share to the one before it.
+
+    Args:
+        mix: Rows as long as a line, one after another, each filled up with zeros.
+        L: Tokens of a sequence; nothing stands before its first one.
+    """
+    nothing, W = load(aligned_zeros(LANES, mix.dtype), 0), mix.size // len(parts)
+    for i in range(parts[0].size // width):
+        for j in range(0, width, LANES):
+            left = width - j
+            row, before = fetch(x, i * step + j, left), nothing
+            if i % L:
+                before = fetch(x, (i - 1) * step + j, left)
+            change = sub(before, row)
+            for p in range(len(parts)):
+                put(parts[p], i * width + j, fma(change, load(mix, p * W + j), row), left)
+
+
+@compile_loop
+@no_type_check
+def token_shift_backward(x, step, mix, L, width, d_parts, steps, dx, d_mix):
+    """Fill `dx`, and add to `d_mix`, all zeros; `steps` is the distance between lines of each part."""
+    nothing, W = load(aligned_zeros(LANES, mix.dtype), 0), mix.size // len(d_parts)
+    later, shares = aligned_zeros(W, mix.dtype), aligned_zeros(mix.size, mix.dtype)
+    for i in range(dx.size // width - 1, -1, -1):
+        if i % L == L - 1:
+            later[:] = 0
+        for j in range(0, width, LANES):
+            left = width - j
+            row, before = fetch(x, i * step + j, left), nothing
+            if i % L:
+                before = fetch(x, (i - 1) * step + j, left)
+            change = sub(before, row)
+            own, moved = load(later, j), nothing
+            for p in range(len(d_parts)):
+                slope = fetch(d_parts[p], i * steps[p] + j, left)
+                own, moved = add(own, slope), fma(load(mix, p * W + j), slope, moved)
+                store(shares, p * W + j, fma(change, slope, load(shares, p * W + j)))
+            put(dx, i * width + j, sub(own, moved), left)
+            store(later, j, moved)
+        if i % L == 0:
+            for j in range(0, mix.size, LANES):
+                store(d_mix, j, add(load(d_mix, j), load(shares, j)))
+            shares[:] = 0
