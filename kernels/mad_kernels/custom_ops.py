@@ -8,7 +8,7 @@ that brings gradients of its own. A backward runs through `first_order_only`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch import Tensor
 from mad_kernels.checks import working_dtype
 
 
-@no_type_check
 def with_gradients(
     operator: str,
     backend: str,
@@ -159,18 +158,15 @@ def first_order_only(
         generate_vmap_rule = True
 
         @staticmethod
-        @no_type_check
         def forward(*arguments):
             with torch.no_grad():
                 return run(*arguments)
 
         @staticmethod
-        @no_type_check
         def setup_context(ctx, inputs, output):
             pass
 
         @staticmethod
-        @no_type_check
         def backward(ctx, *grads):
             raise RuntimeError(f"{operator} has first-order gradients only here: {cure} for higher ones")
 

@@ -127,7 +127,6 @@ class _Chunked(NamedTuple):
         return S if self.decay is None else S * self.decay.whole[i][:, None, None]
 
 
-@no_type_check
 def _forward(q, k, v, erase, write, log_decay, state, C, save):
     results = allocate_forward(q, k, v, erase, write, log_decay, state, C, save, inverts=True)
     o, final, *kept = results
@@ -147,7 +146,6 @@ def _forward(q, k, v, erase, write, log_decay, state, C, save):
     return results
 
 
-@no_type_check
 def _backward(q, k, v, erase, write, log_decay, state, U, states, T, d_o, d_final, C):
     grads = allocate_gradients(q, k, v, erase, write, log_decay, state)
     d_o, d_final = filled(d_o, v), filled(d_final, state)
@@ -239,7 +237,7 @@ def _scan_states_backward(x: _Chunked, dO: Tensor, dS: Tensor) -> tuple[Tensor, 
     return dX, d_states, dS
 
 
-@no_type_check
+@no_type_check  # decay is there or not with log_decay
 def _gradients(x, U, states, dO, dX, d_states):
     """Collect dQ, dK, dV, d erase, d write and d log_decay from the gradients along the scan."""
     given = (x.Q, x.K, x.V, x.w, U, states, dO, dX, d_states, x.scores)

@@ -5,8 +5,6 @@ per head L (2 Dk + 2 Dv) + (L/C) Dk Dv numbers. Two calls on equal inputs give e
 the loops were compiled now or long ago; another kind of processor may round differently.
 """
 
-from typing import no_type_check
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -38,7 +36,6 @@ def delta_rule_compiled(
     return _run(q, k, v, erase, write, log_decay, state, C)
 
 
-@no_type_check
 def _forward(q, k, v, erase, write, log_decay, state, C, save):
     from mad_kernels.delta_rule import loops  # brings numba, which takes its time
 
@@ -48,7 +45,6 @@ def _forward(q, k, v, erase, write, log_decay, state, C, save):
     return results
 
 
-@no_type_check
 def _backward(q, k, v, erase, write, log_decay, state, U, states, T, d_o, d_final, C):
     from mad_kernels.delta_rule import loops
 

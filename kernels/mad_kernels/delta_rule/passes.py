@@ -14,7 +14,6 @@ Legend: U the rows u of S <- g S + k u^T, T = (I + A)^-1; see `loops` and `chunk
 
 from collections.abc import Callable
 from functools import partial
-from typing import no_type_check
 
 from jaxtyping import Float
 from torch import Tensor
@@ -22,7 +21,6 @@ from torch import Tensor
 from mad_kernels.custom_ops import widened, with_gradients
 
 
-@no_type_check  # sizes are symbols while torch.compile traces
 def allocate_forward(q, k, v, erase, write, log_decay, state, C, save, *, inverts):
     """Make room for o, final, U, states and T."""
     B, L, H, Dv = v.shape

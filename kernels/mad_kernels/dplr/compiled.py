@@ -4,8 +4,6 @@ One CPU thread. The backward keeps the inputs, what b has read, and the state be
 C tokens: per head L (5 Dk + 2 Dv) + (L/C) Dk Dv numbers, without a and b L (3 Dk + Dv) and states.
 """
 
-from typing import no_type_check
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,7 +30,6 @@ def dplr_compiled(
     return o.to(v.dtype), final
 
 
-@no_type_check  # sizes are symbols while torch.compile traces
 def _allocate(q, k, v, log_decay, a, b, state, C, save):
     """Make room for o, final, what b has read, and the states before each chunk."""
     B, L, H, Dv = v.shape
@@ -41,7 +38,6 @@ def _allocate(q, k, v, log_decay, a, b, state, C, save):
     return tuple(v.new_empty(shape) for shape in (v.shape, state.shape, recalled, states))
 
 
-@no_type_check
 def _forward(q, k, v, log_decay, a, b, state, C, save):
     from mad_kernels.dplr import loops  # brings numba, which takes its time
 
@@ -50,7 +46,6 @@ def _forward(q, k, v, log_decay, a, b, state, C, save):
     return results
 
 
-@no_type_check
 def _backward(q, k, v, log_decay, a, b, state, recalled, states, d_o, d_final, C):
     from mad_kernels.dplr import loops
 

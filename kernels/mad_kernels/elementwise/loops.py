@@ -15,8 +15,6 @@ Legend: a line is what one sum of squares is taken over, or as many rows as fill
 the distance between two lines of an array.
 """
 
-from typing import no_type_check
-
 from mad_kernels.lanes import (
     LANES,
     add,
@@ -40,7 +38,6 @@ _BLOCK = 64  # lines whose shares of dw are added up before they join the rest
 
 
 @compile_loop
-@no_type_check
 def rms_norm_forward(x, step_x, r, step_r, weight, constants, line, group, total, y):
     """Fill `total` with x + r, unless r is None, and `y` with its norm.
 
@@ -71,7 +68,6 @@ def rms_norm_forward(x, step_x, r, step_r, weight, constants, line, group, total
 
 
 @compile_loop
-@no_type_check
 def rms_norm_backward(s, step_s, weight, constants, line, group, dy, step_dy, d_sum, step_sum, dx, dr, d_weight):
     """Fill `dx`, the same as `dr` in its own type, and `d_weight`, as long as `weight`.
 
@@ -108,7 +104,6 @@ def rms_norm_backward(s, step_s, weight, constants, line, group, dy, step_dy, d_
 
 
 @compile_loop
-@no_type_check
 def swiglu_forward(h, step, width, y):
     """Fill `y` from lines that hold g and, behind it, v."""
     for i in range(y.size // width):
@@ -121,7 +116,6 @@ def swiglu_forward(h, step, width, y):
 
 
 @compile_loop
-@no_type_check
 def swiglu_backward(h, step, width, dy, step_dy, ones, dh):
     """Fill `dh` with dg and, behind it, dv; `ones` holds a one of the type of sums."""
     one = spread(ones, 0)
@@ -138,7 +132,6 @@ def swiglu_backward(h, step, width, dy, step_dy, ones, dh):
 
 
 @compile_loop
-@no_type_check
 def token_shift_forward(x, step, mix, L, width, parts):
     """Fill `parts`, an array for each row of mix: a token moved by its share to the one before it.
 
@@ -159,7 +152,6 @@ def token_shift_forward(x, step, mix, L, width, parts):
 
 
 @compile_loop
-@no_type_check
 def token_shift_backward(x, step, mix, L, width, d_parts, steps, dx, d_mix):
     """Fill `dx`, and add to `d_mix`, all zeros; `steps` is the distance between lines of each part."""
     nothing, W = load(aligned_zeros(LANES, mix.dtype), 0), mix.size // len(d_parts)

@@ -7,8 +7,6 @@ In bfloat16, all between is float32 and each y is rounded once.
 Source: Peng et al. 2025, arXiv 2503.14456, the token shift of the time mixing.
 """
 
-from typing import no_type_check
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -57,7 +55,6 @@ def token_shift_reference(x: Float[Tensor, "B L D"], mix: Float[Tensor, "C D"]) 
     return tuple(x + change * share for share in mix.to(x.dtype))
 
 
-@no_type_check
 def _forward(x, mix):
     from mad_kernels.elementwise import loops  # brings numba, which takes its time
 
@@ -67,7 +64,6 @@ def _forward(x, mix):
     return parts
 
 
-@no_type_check
 def _backward(x, mix, *d_parts):
     from mad_kernels.elementwise import loops
 
@@ -85,18 +81,15 @@ _pull = first_order_only(_backward, "token_shift")
 
 class _TokenShift(torch.autograd.Function):
     @staticmethod
-    @no_type_check
     def forward(ctx, x, mix):
         ctx.save_for_backward(x, mix)
         return _forward(x, mix)
 
     @staticmethod
-    @no_type_check
     def backward(ctx, *d_parts):
         return _pull(*ctx.saved_tensors, *d_parts)
 
 
-@no_type_check
 def _rows(x, mix):
     """Give the rows of mix as the loops read them, one after another."""
     return np.concatenate([padded(share, x) for share in mix.detach()])

@@ -7,8 +7,6 @@ Legend: W sets of decay rates: sequences share one in blocks of B/W, which is ho
 bring each their own; slabs are 32 channels wide, see `loops`.
 """
 
-from typing import no_type_check
-
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -35,7 +33,6 @@ def selective_scan_compiled(
     return y.to(x.dtype), final
 
 
-@no_type_check  # sizes are symbols while torch.compile traces
 def _allocate(x, dt, a, b, c, state, C, save):
     """Make room for y, final, and the states before each chunk, in slabs."""
     (B, L, D), N = x.shape, b.shape[-1]
@@ -43,7 +40,6 @@ def _allocate(x, dt, a, b, c, state, C, save):
     return x.new_empty(x.shape), x.new_empty(state.shape), x.new_empty(states)
 
 
-@no_type_check
 def _forward(x, dt, a, b, c, state, C, save):
     from mad_kernels.selective_scan import loops  # brings numba, which takes its time
 
@@ -55,7 +51,6 @@ def _forward(x, dt, a, b, c, state, C, save):
     return y, final.copy_(_from_slabs(S, *state.shape[1:])), states
 
 
-@no_type_check
 def _backward(x, dt, a, b, c, state, states, d_y, d_final, C):
     from mad_kernels.selective_scan import loops
 
@@ -80,7 +75,6 @@ _run = with_gradients(
 )
 
 
-@no_type_check
 def _sets(x, a):
     """Give the sequences that share decay rates, and these."""
     share = x.shape[0] // a.shape[0]

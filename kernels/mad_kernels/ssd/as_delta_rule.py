@@ -22,12 +22,12 @@ from mad_kernels.delta_rule.compiled import delta_rule_compiled
 
 def ssd_chunked(*tensors: Any, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Run the state space chunk by chunk; arguments as in `ssd`, already checked."""
-    return _spelled_out(delta_rule_chunked, *tensors, chunk)
+    return _spelled_out(delta_rule_chunked, *tensors, chunk=chunk)
 
 
 def ssd_compiled(*tensors: Any, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Run the state space token by token; arguments as in `ssd`, already checked."""
-    return _spelled_out(delta_rule_compiled, *tensors, chunk)
+    return _spelled_out(delta_rule_compiled, *tensors, chunk=chunk)
 
 
 def ssd_triton(
@@ -53,6 +53,7 @@ def _spelled_out(
     b: Float[Tensor, "B L G N"],
     c: Float[Tensor, "B L G N"],
     state: Float[Tensor, "B H N P"],
+    *,
     chunk: int | None,
 ) -> tuple[Float[Tensor, "B L H P"], Float[Tensor, "B H N P"]]:
     steps = dt.to(working_dtype(x))
