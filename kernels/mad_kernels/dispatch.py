@@ -22,7 +22,10 @@ from torch import Tensor
 from mad_kernels.checks import check_chunk, working_dtype
 
 VARIABLE = "MAD_KERNELS_BACKEND"
-OPERATORS = ("delta_rule", "dplr", "rms_norm", "selective_scan", "short_conv", "ssd", "swiglu", "token_shift")
+OPERATORS = (
+    *("delta_rule", "dplr", "selective_scan", "ssd"),
+    *("rms_norm", "short_conv", "skip_gate", "swiglu", "token_shift"),
+)
 _HAS_NUMBA = find_spec("numba") is not None
 _HAS_TRITON = find_spec("triton") is not None
 _CUT = ("chunked", "numba")  # backends that take sequences in chunks, or keep a state of each

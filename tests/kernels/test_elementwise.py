@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and the token shift: the loops against plain torch in float64, values and gradients.
+"""RMSNorm, gates and the token shift: the loops against plain torch in float64, values and gradients.
 
 Tolerances are relative L2 errors against float64 on the same (rounded) inputs; for bfloat16, a
 multiple of the error that plain torch itself makes on those inputs.
@@ -80,6 +80,23 @@ def test_swiglu_equals_plain_torch(shape, dtype):
     *front, width = shape
     h, slope = drawn((*front, 2 * width), shape, dtype=dtype)
     compare(mk.swiglu, [4 * h], [slope])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_skip_and_gate_equal_plain_torch(shape, dtype):
+    y, u, z, skip, slope = drawn(*[shape] * 3, shape[-1:], shape, dtype=dtype)
+    compare(mk.skip_gate, [y, u, 4 * z, skip], [slope])
+
+
+def test_a_gate_in_bfloat16_meets_float32():
+    y, u, z, skip, slope = drawn(*[(2, 5, 40)] * 3, (40,), (2, 5, 40), dtype=torch.float32)
+    z = z.bfloat16()
+    got = gradients(lambda y, u, z, d: mk.skip_gate(y, u, slices(z), d, backend="numba"), [y, u, z, skip], [slope])
+    want = gradients(mk.skip_gate, [t.double() for t in (y, u, z, skip)], [slope])
+    assert [t.dtype for t in got] == [*[torch.float32] * 3, torch.bfloat16, torch.float32]
+    for p, q, limit in zip(got, want, [2e-6] * 3 + [4e-3, 2e-6], strict=True):
+        assert relative(p, q) < limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,6 +229,7 @@ taps = torch.ones(8, 2)
 for call in (
     lambda x: mk.rms_norm(x, weight, 1e-5),
     lambda x: mk.swiglu(x),
+    lambda x: mk.skip_gate(x, x, x, weight),
     lambda x: mk.token_shift(x[None], torch.ones(2, 8))[1],
     lambda x: mk.short_conv_split(x[None], taps, None, (3, 5), activation="silu")[1],
 ):
@@ -250,5 +268,7 @@ def test_arguments_that_do_not_fit_are_refused():
         mk.rms_norm.__wrapped__(x, torch.ones(5), EPS)
     with pytest.raises(ValueError, match=r"rms_norm: eps=-1e-05 must be at least 0"):
         mk.rms_norm(x, torch.ones(6), -1e-5)
+    with pytest.raises(ValueError, match=r"skip_gate: z has shape \(3, 5\) but y has \(3, 6\)"):
+        mk.skip_gate.__wrapped__(x, x, x[:, :5], torch.ones(6))
     with pytest.raises(ValueError, match=r"swiglu: h has shape \(3, 5\), but its last axis"):
         mk.swiglu.__wrapped__(x[:, :5])

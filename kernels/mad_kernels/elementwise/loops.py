@@ -176,3 +176,36 @@ def token_shift_backward(x, step, mix, L, width, d_parts, steps, dx, d_mix):
             for j in range(0, mix.size, LANES):
                 store(d_mix, j, add(load(d_mix, j), load(shares, j)))
             shares[:] = 0
+
+
+@compile_loop
+def skip_gate_forward(y, step_y, u, step_u, z, step_z, skip, width, out):
+    """Fill `out` with (y + skip u) silu(z); `skip` is as long as a line, and filled up with zeros."""
+    for i in range(out.size // width):
+        for j in range(0, width, LANES):
+            left = width - j
+            gate = fetch(z, i * step_z + j, left)
+            row = fma(load(skip, j), fetch(u, i * step_u + j, left), fetch(y, i * step_y + j, left))
+            put(out, i * width + j, mul(row, mul(gate, sigmoid(gate))), left)
+
+
+@compile_loop
+def skip_gate_backward(y, step_y, u, step_u, z, step_z, skip, ones, width, d_out, step_out, dy, du, dz, d_skip):
+    """Fill `dy`, `du` and `dz`, and add to `d_skip`, all zeros."""
+    one, shares = spread(ones, 0), aligned_zeros(skip.size, skip.dtype)
+    rows = dy.size // width
+    for i in range(rows):
+        for j in range(0, width, LANES):
+            left = width - j
+            gate, passed = fetch(z, i * step_z + j, left), fetch(u, i * step_u + j, left)
+            row = fma(load(skip, j), passed, fetch(y, i * step_y + j, left))
+            slope, s = fetch(d_out, i * step_out + j, left), sigmoid(gate)
+            put(dz, i * width + j, mul(mul(slope, row), mul(s, fma(gate, sub(one, s), one))), left)
+            slope = mul(slope, mul(gate, s))
+            put(dy, i * width + j, slope, left)
+            put(du, i * width + j, mul(slope, load(skip, j)), left)
+            store(shares, j, fma(slope, passed, load(shares, j)))
+        if i % _BLOCK == _BLOCK - 1 or i == rows - 1:
+            for j in range(0, skip.size, LANES):
+                store(d_skip, j, add(load(d_skip, j), load(shares, j)))
+            shares[:] = 0
