@@ -24,7 +24,7 @@ from mad_kernels.checks import check_chunk, working_dtype
 VARIABLE = "MAD_KERNELS_BACKEND"
 OPERATORS = (
     *("delta_rule", "dplr", "selective_scan", "ssd"),
-    *("rms_norm", "short_conv", "skip_gate", "swiglu", "token_shift"),
+    *("head_norm_gate", "rms_norm", "short_conv", "skip_gate", "swiglu", "token_shift"),
 )
 _HAS_NUMBA = find_spec("numba") is not None
 _HAS_TRITON = find_spec("triton") is not None

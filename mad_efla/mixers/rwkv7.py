@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from mad_efla.mixers import Mixer, MixerConfig, State, in_full
 from mad_efla.mixers._dynamics import Dynamics
-from mad_kernels import dplr, dplr_step, l2_normalize, token_shift
+from mad_kernels import dplr, dplr_step, head_norm_gate, l2_normalize, token_shift
 
 # Powers of the channel's place in 1 - place^p, where mu starts.
 _MIX = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
@@ -136,10 +136,9 @@ class RWKV7(Mixer):
         return rearrange(x, "... (H Dk) -> ... H Dk", H=self.config.heads)
 
     def _output(self, o: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        tokens = rearrange(o, "... H Dk -> (...) (H Dk)").to(gate.dtype)
-        normed = self._heads(self.norm(tokens).view_as(gate))
-        bonus = (r * k * self._heads(self.bonus)).sum(-1, keepdim=True) * v
-        return self.out(rearrange(normed + bonus, "... H Dk -> ... (H Dk)") * gate)
+        o, r, k, v, g = (z.reshape(-1, self.config.heads, self.Dk) for z in (o, r, k, v, gate))
+        weight, bias, bonus = (self._heads(z) for z in (self.norm.weight, self.norm.bias, self.bonus))
+        return self.out(head_norm_gate(o, r, k, v, g, weight, bias, bonus, self.norm.eps).view_as(gate))
 
 
 class _LowRank(nn.Module):

@@ -100,6 +100,22 @@ def test_a_gate_in_bfloat16_meets_float32():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 16, 2), (1, 4, 8), (70, 8, 16), (5, 1, 32), (2, 3, 32), (3, 2, 64), (2, 1, 96)])
+def test_norm_bonus_and_gate_of_heads_equal_plain_torch(shape, dtype):
+    tensors = drawn(*[shape] * 5, *[shape[1:]] * 3, dtype=dtype)
+    compare(lambda *x, **options: mk.head_norm_gate(*x, EPS, **options), tensors, drawn(shape, dtype=dtype, seed=1))
+
+
+def test_heads_between_vectors_take_plain_torch():
+    tensors = drawn(*[(2, 3, 8)] * 5, *[(3, 8)] * 3)
+    with mk.record_backends() as ran:
+        mk.head_norm_gate(*tensors, EPS)
+    assert ran == {"head_norm_gate:reference"}
+    with pytest.raises(ValueError, match="takes heads that fill vectors of 32"):
+        mk.head_norm_gate(*tensors, EPS, backend="numba")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "rows"), [((3, 5, 7), 6), ((2, 1, 32), 1), ((1, 9, 100), 2), ((4, 3, 64), 3)])
 def test_the_token_shift_equals_plain_torch(shape, rows, dtype):
     x, mix, *slopes = drawn(shape, (rows, shape[-1]), *[shape] * rows, dtype=dtype)

@@ -209,3 +209,103 @@ def skip_gate_backward(y, step_y, u, step_u, z, step_z, skip, ones, width, d_out
             for j in range(0, skip.size, LANES):
                 store(d_skip, j, add(load(d_skip, j), load(shares, j)))
             shares[:] = 0
+
+
+@compile_loop
+def head_norm_gate_forward(o, r, k, v, g, weight, bias, bonus, constants, width, line, group, out):
+    """Fill `out`; all arrays but `constants` are flat, and rows are `width` numbers, lines of whole vectors.
+
+    Args:
+        constants: 1, 1 / (width of a head) and eps.
+        line: Numbers in a line: a head, or as many as fill a vector.
+        group: Numbers that a sum is taken over; a vector's for longer ones.
+    """
+    nothing = load(aligned_zeros(LANES, weight.dtype), 0)
+    one, share, eps = spread(constants, 0), spread(constants, 1), spread(constants, 2)
+    for i in range(0, out.size, width):
+        for h in range(0, width, line):
+            whole, asked, squares = nothing, nothing, nothing
+            for j in range(h, h + line, LANES):
+                whole = add(whole, load(o, i + j))
+                asked = fma(mul(load(r, i + j), load(k, i + j)), load(bonus, j), asked)
+            mean, own = mul(group_totals(whole, group), share), group_totals(asked, group)
+            for j in range(h, h + line, LANES):
+                row = sub(load(o, i + j), mean)
+                squares = fma(row, row, squares)
+            scale = div(one, root(fma(group_totals(squares, group), share, eps)))
+            for j in range(h, h + line, LANES):
+                row = fma(mul(sub(load(o, i + j), mean), scale), load(weight, j), load(bias, j))
+                store(out, i + j, mul(fma(own, load(v, i + j), row), load(g, i + j)))
+
+
+@compile_loop
+def head_norm_gate_backward(
+    o,
+    r,
+    k,
+    v,
+    g,
+    weight,
+    bias,
+    bonus,
+    constants,
+    width,
+    line,
+    group,
+    d_out,
+    do,
+    dr,
+    dk,
+    dv,
+    dg,
+    d_weight,
+    d_bias,
+    d_bonus,
+):
+    """Fill `do` to `dg`, and add to `d_weight`, `d_bias` and `d_bonus`, all zeros."""
+    nothing = load(aligned_zeros(LANES, weight.dtype), 0)
+    one, share, eps = spread(constants, 0), spread(constants, 1), spread(constants, 2)
+    shares = aligned_zeros(3 * width, weight.dtype)
+    rows = do.size // width
+    for n in range(rows):
+        i = n * width
+        for h in range(0, width, line):
+            whole, asked, squares = nothing, nothing, nothing
+            for j in range(h, h + line, LANES):
+                whole = add(whole, load(o, i + j))
+                asked = fma(mul(load(r, i + j), load(k, i + j)), load(bonus, j), asked)
+            mean, own = mul(group_totals(whole, group), share), group_totals(asked, group)
+            for j in range(h, h + line, LANES):
+                row = sub(load(o, i + j), mean)
+                squares = fma(row, row, squares)
+            scale = div(one, root(fma(group_totals(squares, group), share, eps)))
+            level, along, told = nothing, nothing, nothing
+            for j in range(h, h + line, LANES):
+                slope = mul(load(d_out, i + j), load(g, i + j))
+                told = fma(slope, load(v, i + j), told)
+                pull = mul(slope, load(weight, j))
+                level = add(level, pull)
+                along = fma(pull, mul(sub(load(o, i + j), mean), scale), along)
+            level, along = mul(group_totals(level, group), share), mul(group_totals(along, group), share)
+            told = group_totals(told, group)
+            for j in range(h, h + line, LANES):
+                row = mul(sub(load(o, i + j), mean), scale)
+                value, slope = load(v, i + j), load(d_out, i + j)
+                sum_ = fma(own, value, fma(row, load(weight, j), load(bias, j)))
+                store(dg, i + j, mul(slope, sum_))
+                slope = mul(slope, load(g, i + j))
+                store(dv, i + j, mul(slope, own))
+                pull = sub(mul(slope, load(weight, j)), fma(row, along, level))
+                store(do, i + j, mul(pull, scale))
+                first, second = load(r, i + j), load(k, i + j)
+                store(dr, i + j, mul(told, mul(second, load(bonus, j))))
+                store(dk, i + j, mul(told, mul(first, load(bonus, j))))
+                store(shares, j, fma(slope, row, load(shares, j)))
+                store(shares, width + j, add(slope, load(shares, width + j)))
+                store(shares, 2 * width + j, fma(told, mul(first, second), load(shares, 2 * width + j)))
+        if n % _BLOCK == _BLOCK - 1 or n == rows - 1:
+            for j in range(0, width, LANES):
+                store(d_weight, j, add(load(d_weight, j), load(shares, j)))
+                store(d_bias, j, add(load(d_bias, j), load(shares, width + j)))
+                store(d_bonus, j, add(load(d_bonus, j), load(shares, 2 * width + j)))
+            shares[:] = 0
