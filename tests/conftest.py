@@ -1,6 +1,7 @@
 """Shapes in annotations are checked while testing; nothing here touches the network."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,15 @@ from jaxtyping import install_import_hook
 torch.set_num_threads(1)  # before anything computes: equal bits need equal threads
 os.environ["COLUMNS"] = "140"
 
+# Not what numba and triton compile: they take no function that was wrapped.
+_COMPILED = ("lanes", "blocks", "loops", "unit_key_loops", "triton")
+_KERNELS = Path(__file__).parents[1] / "kernels"
 _WITH_SHAPES = (
-    "mad_kernels",
+    *(
+        ".".join(path.relative_to(_KERNELS).with_suffix("").parts)
+        for path in sorted((_KERNELS / "mad_kernels").rglob("[!_]*.py"))
+        if path.stem not in _COMPILED
+    ),
     "mad_efla.mixers",
     "mad_efla.tasks",
     "mad_efla.training.model",

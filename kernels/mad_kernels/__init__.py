@@ -11,7 +11,8 @@ agree with it in outputs and gradients.
     selective_scan   the same with a decay for every channel and state, Mamba's
     short_conv   causal depthwise convolution over a few tokens
     *_step       the same operators on one token and a carried state, for decoding
-    rms_norm, add_rms_norm, swiglu   what stands between matrix products, in one pass each way
+    rms_norm, add_rms_norm, head_norm_gate, skip_gate, swiglu, token_shift   what stands between
+                 matrix products, in one pass each way
     phi          (1 - exp(-x)) / x with its own gradient
     l2_normalize   rows of unit length
 
@@ -51,7 +52,7 @@ from mad_kernels.delta_rule import (
 )
 from mad_kernels.dispatch import record_backends
 from mad_kernels.dplr import dplr, dplr_step
-from mad_kernels.elementwise import add_rms_norm, rms_norm, swiglu
+from mad_kernels.elementwise import add_rms_norm, head_norm_gate, rms_norm, skip_gate, swiglu, token_shift
 from mad_kernels.phi import phi
 from mad_kernels.selective_scan import selective_scan, selective_scan_step
 from mad_kernels.short_conv import short_conv, short_conv_split, short_conv_step
@@ -75,6 +76,7 @@ __all__ = [
     "gated_efla",
     "gated_efla_step",
     "gated_unit_key_form",
+    "head_norm_gate",
     "implicit",
     "implicit_step",
     "kaczmarz",
@@ -92,8 +94,10 @@ __all__ = [
     "short_conv",
     "short_conv_split",
     "short_conv_step",
+    "skip_gate",
     "ssd",
     "ssd_step",
     "swiglu",
+    "token_shift",
     "unit_key_form",
 ]

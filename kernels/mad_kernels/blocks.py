@@ -11,15 +11,12 @@ product says how its operands are rounded before they are multiplied; sums are a
 Importing this module imports triton; only the GPU backends do so, and only when they run.
 """
 
-from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from mad_kernels.custom_ops import first_order_only, fold, unfold
 
 
 def interpreted() -> bool:
@@ -46,80 +43,6 @@ def readable(x: Tensor | None, otherwise: Tensor) -> Tensor:
 def writable(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Make room for a result: of `dtype`, but float32 in the interpreter."""
     return like.new_empty(shape, dtype=torch.float32 if interpreted() else dtype)
-
-
-def with_gradients(operator: str, forward: Any, backward: Any, *, keeps: bool) -> Callable:
-    """Give two operators of torch their vmap rule, and tie them into one with gradients.
-
-    Args:
-        operator: Name for messages.
-        forward: From tensors and options to results. Two of them have gradients, the output and the
-            final state; the others are kept for the backward.
-        backward: From the tensors, what was kept, the gradients of the two results and the options
-            to the gradient of each tensor; an operand that is None has an empty one.
-        keeps: Whether the last option of `forward` says to keep anything. It is settled here, and
-            `backward` does not take it.
-
-    Returns:
-        The function of tensors and options. Its gradients are of first order.
-    """
-    _register_vmap(forward)
-    _register_vmap(backward)
-    # torch.compile knows the registered operators, but not the objects that registered them.
-    first, second = (x._opoverload for x in (forward, backward))
-    pull = first_order_only(second, operator)
-
-    class Operator(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        @no_type_check
-        def forward(*arguments):
-            with torch.no_grad():
-                return first(*arguments)
-
-        @staticmethod
-        @no_type_check
-        def setup_context(ctx, inputs, output):
-            tensors = [x for x in inputs if not isinstance(x, bool)]
-            ctx.count, ctx.options = len(tensors), inputs[len(tensors) :]
-            ctx.save_for_backward(*tensors, *output[2:])
-            ctx.mark_non_differentiable(*output[2:])
-            ctx.set_materialize_grads(False)
-
-        @staticmethod
-        @no_type_check
-        def backward(ctx, d_output, d_final, *_):
-            tensors, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-            options = ctx.options[:-1] if keeps else ctx.options
-            if keeps and not ctx.options[-1]:  # a transform hid from us that gradients were wanted
-                with torch.no_grad():
-                    kept = first(*tensors, *options, True)[2:]
-            grads = pull(*tensors, *kept, d_output, d_final, *options)
-            pairs = zip(grads, tensors, strict=True)
-            return *(None if x is None else grad for grad, x in pairs), *(None for _ in ctx.options)
-
-    @no_type_check
-    def run(*arguments):
-        if torch.compiler.is_compiling():  # it takes no tensor twice, as erase and write may be
-            arguments = [x.view_as(x) if isinstance(x, Tensor) else x for x in arguments]
-        if keeps:
-            wanted = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
-            arguments = (*arguments, wanted and torch.is_grad_enabled())
-        return Operator.apply(*arguments)
-
-    return run
-
-
-def _register_vmap(operator: Any) -> None:
-    """Fold an axis that is mapped over into the first axis of every tensor."""
-
-    @operator.register_vmap
-    @no_type_check
-    def rule(info, in_dims, *arguments):
-        folded = fold(info.batch_size, in_dims, arguments, [0] * len(arguments))
-        results = operator(*folded)
-        return unfold(info.batch_size, results, [0] * len(results))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ a bare name. A name that the operator does not offer is refused; nothing falls b
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -19,10 +19,16 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from mad_kernels.checks import check_chunk, working_dtype
+
 VARIABLE = "MAD_KERNELS_BACKEND"
-OPERATORS = ("delta_rule", "dplr", "rms_norm", "selective_scan", "short_conv", "ssd", "swiglu")
+OPERATORS = (
+    *("delta_rule", "dplr", "selective_scan", "ssd"),
+    *("head_norm_gate", "rms_norm", "short_conv", "skip_gate", "swiglu", "token_shift"),
+)
 _HAS_NUMBA = find_spec("numba") is not None
 _HAS_TRITON = find_spec("triton") is not None
+_CUT = ("chunked", "numba")  # backends that take sequences in chunks, or keep a state of each
 _WIDEST_STATE = 128  # a state that still fits into the registers of one program
 
 _recorders: ContextVar[tuple[set[str], ...]] = ContextVar("mad_kernels_recorders", default=())
@@ -46,14 +52,9 @@ def record_backends() -> Iterator[set[str]]:
         _recorders.reset(token)
 
 
-def runs_compiled_loops(x: Tensor, *, opaque: bool = False) -> bool:
-    """Tell whether the numba backends can take a tensor: numba is there, and `x` is on the CPU.
-
-    While torch.compile traces, which cannot look into loops that another compiler made, only those
-    that are `opaque` to it run: registered as operators of torch.
-    """
-    traced = torch.compiler.is_compiling() and not opaque
-    return x.device.type == "cpu" and not traced and _numba_is_installed()
+def runs_compiled_loops(x: Tensor) -> bool:
+    """Tell whether the numba backends can take a tensor: numba is there, and `x` is on the CPU."""
+    return x.device.type == "cpu" and _numba_is_installed()
 
 
 def obstacle_to_triton(x: Tensor, *widths: int, otherwise: str = "chunked") -> str | None:
@@ -123,6 +124,52 @@ def choose_backend(
         for ran in _recorders.get():
             ran.add(f"{operator}:{backend}")
     return backend
+
+
+def run_backend(
+    operator: str,
+    backends: Mapping[str, Callable[..., tuple[Tensor, Tensor]]],
+    backend: str,
+    tensors: Mapping[str, tuple[Tensor | None, str]],
+    sizes: Mapping[str, int],
+    *,
+    like: str,
+    widths: str = "",
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose the backend of a recurrence, make its first state if there is none, and run it.
+
+    Args:
+        operator: Name of the operator.
+        backends: What runs each; the first one where neither numba nor triton can.
+        backend: The caller's wish, or "auto".
+        tensors: Argument name to (tensor, axes), in the order in which backends take them; the last
+            is the state before the first token, None for zeros.
+        sizes: Axis name to size, from `check_tensors`.
+        like: Name of the tensor whose dtype the output has.
+        widths: Axes of the state that triton holds in registers.
+        chunk: Tokens per chunk, for the backends that cut a sequence; None is their own choice.
+
+    Returns:
+        What the backend returns: the output and the final state.
+
+    Raises:
+        ValueError: If `chunk` or `backend` does not fit.
+    """
+    if chunk is not None:
+        check_chunk(operator, chunk)
+    x, otherwise = tensors[like][0], next(iter(backends))
+    assert x is not None
+    obstacle = obstacle_to_triton(x, *(sizes[axis] for axis in widths.split()), otherwise=otherwise)
+    automatic = "numba" if runs_compiled_loops(x) else otherwise
+    if x.is_cuda and obstacle is None and "triton" in backends:
+        automatic = "triton"
+    chosen = choose_backend(operator, backend, tuple(backends), automatic=automatic, like=x, obstacle=obstacle)
+    *given, (state, axes) = tensors.values()
+    if state is None:
+        state = x.new_zeros([sizes[axis] for axis in axes.split()], dtype=working_dtype(x))
+    options = {"chunk": chunk} if chunk is not None and chosen in _CUT else {}
+    return backends[chosen](*(z for z, _ in given), state, **options)
 
 
 def _numba_is_installed() -> bool:

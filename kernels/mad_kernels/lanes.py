@@ -26,7 +26,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from math import factorial, log
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -80,12 +80,19 @@ def compile_loop(function: Callable) -> Callable[..., Any]:
 
 
 @compile_loop
-@no_type_check
 def aligned_zeros(size, dtype):
     """Make a flat array that begins on a cache line: a row across two lines costs twice."""
     x = np.zeros(size + 16, dtype)
     skip = -(x.ctypes.data // x.itemsize) % (64 // x.itemsize)
     return x[skip : skip + size]
+
+
+def row_operation(emitter: Callable) -> Callable[..., Any]:
+    """Make an operation of a function that gives its types and emits its instructions.
+
+    Compiled functions call it without the first argument, which type checkers do not know.
+    """
+    return intrinsic(emitter)
 
 
 def _row_of(array):
@@ -139,8 +146,7 @@ def _call(builder, name, number, arguments, result):
     return builder.call(function, arguments)
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def load(typing_context, x, at):
     """Read 32 numbers from `at` on."""
 
@@ -152,8 +158,7 @@ def load(typing_context, x, at):
     return Signature(_row_of(x), (x, types.intp), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def store(typing_context, x, at, row):
     """Write 32 numbers from `at` on."""
 
@@ -168,8 +173,7 @@ def store(typing_context, x, at, row):
     return Signature(types.void, (x, types.intp, row), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def load_part(typing_context, x, at, count):
     """Read fewer than 32 numbers from `at` on; zeros behind them."""
 
@@ -186,8 +190,7 @@ def load_part(typing_context, x, at, count):
     return Signature(_row_of(x), (x, types.intp, types.intp), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def store_part(typing_context, x, at, row, count):
     """Write the first `count` of 32 numbers from `at` on."""
 
@@ -203,8 +206,7 @@ def store_part(typing_context, x, at, row, count):
     return Signature(types.void, (x, types.intp, row, types.intp), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def copy(typing_context, x, at, y, from_, count):
     """Copy numbers between two flat arrays that do not overlap."""
 
@@ -218,8 +220,7 @@ def copy(typing_context, x, at, y, from_, count):
     return Signature(types.void, (x, types.intp, y, types.intp, types.intp), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def spread(typing_context, x, at):
     """Put one number of an array into all places."""
     row = Row(x.dtype)
@@ -234,8 +235,7 @@ def spread(typing_context, x, at):
     return Signature(row, (x, types.intp), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def fma(typing_context, a, b, c):
     """Compute a * b + c."""
 
@@ -246,8 +246,7 @@ def fma(typing_context, a, b, c):
     return Signature(a, (a, b, c), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def mul(typing_context, a, b):
     """Compute a * b."""
 
@@ -257,8 +256,7 @@ def mul(typing_context, a, b):
     return Signature(a, (a, b), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def add(typing_context, a, b):
     """Compute a + b."""
 
@@ -268,8 +266,7 @@ def add(typing_context, a, b):
     return Signature(a, (a, b), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def sub(typing_context, a, b):
     """Compute a - b."""
 
@@ -279,8 +276,7 @@ def sub(typing_context, a, b):
     return Signature(a, (a, b), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def div(typing_context, a, b):
     """Compute a / b."""
 
@@ -290,8 +286,7 @@ def div(typing_context, a, b):
     return Signature(a, (a, b), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def root(typing_context, a):
     """Compute the square root of each number."""
 
@@ -301,8 +296,7 @@ def root(typing_context, a):
     return Signature(a, (a,), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def larger(typing_context, a, b):
     """Take the larger of a and b in each place, b where a is not a number."""
 
@@ -312,8 +306,7 @@ def larger(typing_context, a, b):
     return Signature(a, (a, b), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def _swapped(typing_context, a, distance):
     """Swap neighbouring blocks of `distance` numbers, a literal."""
     if not isinstance(distance, types.IntegerLiteral):
@@ -355,8 +348,7 @@ def _exponential(builder, number, x):
     return builder.select(vanishes, constant(0.0), builder.fmul(power, scale))
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def exp(typing_context, a):
     """Compute the exponential of each number."""
 
@@ -366,8 +358,7 @@ def exp(typing_context, a):
     return Signature(a, (a,), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def sigmoid(typing_context, a):
     """Compute 1 / (1 + exp(-a)), anything for what is not a number."""
 
@@ -380,8 +371,7 @@ def sigmoid(typing_context, a):
     return Signature(a, (a,), None), emit
 
 
-@intrinsic
-@no_type_check
+@row_operation
 def total(typing_context, a):
     """Sum the 32 numbers, always in the same order."""
 
@@ -402,14 +392,12 @@ def total(typing_context, a):
 
 
 @compile_loop
-@no_type_check
 def fetch(x, at, left):
     """Read up to 32 numbers: those of the `left` that a line still has; zeros behind them."""
     return load(x, at) if left >= LANES else load_part(x, at, left)
 
 
 @compile_loop
-@no_type_check
 def put(x, at, row, left):
     """Write up to 32 numbers: as many as the `left` that a line still has."""
     if left >= LANES:
@@ -419,7 +407,6 @@ def put(x, at, row, left):
 
 
 @compile_loop
-@no_type_check
 def group_totals(row, width):
     """Sum groups of neighbours, `width` each, a power of two up to 32; in all its places."""
     if width > 1:
@@ -436,14 +423,12 @@ def group_totals(row, width):
 
 
 @compile_loop
-@no_type_check
 def filled(width):
     """Round a width up to whole vectors."""
     return -(-width // LANES) * LANES
 
 
 @compile_loop
-@no_type_check
 def gather(x, b, first, h, T, into, W):
     """Copy a head's chunk out of [B L H D] into rows of W, filled up with zeros."""
     _, L, H, D = x.shape
@@ -454,7 +439,6 @@ def gather(x, b, first, h, T, into, W):
 
 
 @compile_loop
-@no_type_check
 def scatter(x, W, into, b, first, h, T):
     """Copy rows of W to a head's chunk of [B L H D]."""
     _, L, H, D = into.shape
@@ -464,7 +448,6 @@ def scatter(x, W, into, b, first, h, T):
 
 
 @compile_loop
-@no_type_check
 def to_slabs(matrix, S, rows):
     """Lay out a matrix in slabs of 32 columns, one after another, filled up with zeros."""
     S[:] = 0
@@ -476,7 +459,6 @@ def to_slabs(matrix, S, rows):
 
 
 @compile_loop
-@no_type_check
 def from_slabs(S, matrix, rows):
     """Undo `to_slabs`."""
     D = matrix.shape[1]
@@ -487,7 +469,6 @@ def from_slabs(S, matrix, rows):
 
 
 @compile_loop
-@no_type_check
 def to_slabs_turned(matrix, S, rows):
     """Lay out the transpose of a matrix in slabs of 32 columns, filled up with zeros."""
     S[:] = 0

@@ -44,6 +44,11 @@ def array(x: Tensor) -> np.ndarray:
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
+def arrays(*tensors: Tensor | None) -> list[np.ndarray | None]:
+    """Show tensors as contiguous arrays of their shapes; None stays."""
+    return [None if x is None else x.detach().contiguous().numpy() for x in tensors]
+
+
 def lines(x: Tensor, axes: int = 1) -> tuple[np.ndarray, int]:
     """Show a tensor as lines over its last axes, and how far apart they begin.
 

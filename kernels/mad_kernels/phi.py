@@ -11,7 +11,6 @@ Source: arXiv 2512.12602v4, Eq. 15 (the step size alpha); series and ranges are 
 """
 
 from math import factorial
-from typing import no_type_check
 
 import torch
 from jaxtyping import Float
@@ -59,22 +58,18 @@ class _Phi(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @no_type_check
     def forward(x):
         return phi_value(x.to(working_dtype(x))).to(x.dtype)
 
     @staticmethod
-    @no_type_check
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @no_type_check
     def backward(ctx, grad):
         return _pull(grad, *ctx.saved_tensors)
 
 
-@no_type_check
 def _backward(grad, x):
     wide = working_dtype(x)
     return (grad.to(wide) * phi_slope(x.to(wide))).to(x.dtype)

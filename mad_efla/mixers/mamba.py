@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mad_efla.mixers import Mixer, MixerConfig, ShortConv, State, in_full, step_size_bias
 from mad_efla.mixers._dynamics import Dynamics
-from mad_kernels import selective_scan, selective_scan_step
+from mad_kernels import selective_scan, selective_scan_step, skip_gate
 
 
 class Mamba(Mixer):
@@ -105,4 +105,4 @@ class Mamba(Mixer):
         return F.softplus(in_full(self.dt, dt)), -self.a_log.exp().view(self.inner, -1), b, c
 
     def _output(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        return self.out((y + u * self.skip.to(u.dtype)) * F.silu(z))
+        return self.out(skip_gate(y, u, z, self.skip))

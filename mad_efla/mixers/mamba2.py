@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, ShortConv, State, step_size_bias
 from mad_efla.mixers._dynamics import Dynamics
-from mad_kernels import ssd, ssd_step
+from mad_kernels import skip_gate, ssd, ssd_step
 
 
 class Mamba2(Mixer):
@@ -112,6 +112,5 @@ class Mamba2(Mixer):
         return F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
 
     def _output(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        y = rearrange(y + u * self.d.to(u.dtype)[:, None], "... H P -> ... (H P)")
-        y = y * F.silu(z)
+        y = skip_gate(y.flatten(-2), u.flatten(-2), z, self.d.repeat_interleave(u.shape[-1]))
         return self.out(y if self.norm is None else self.norm(y))

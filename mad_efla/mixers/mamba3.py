@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from mad_efla.mixers import Mixer, MixerConfig, RMSNorm, ShortConv, State, in_full, step_size_bias, turn
 from mad_efla.mixers._dynamics import Dynamics
-from mad_kernels import delta_rule
+from mad_kernels import delta_rule, skip_gate
 
 _SLOWEST = 1e-4
 
@@ -163,5 +163,4 @@ class Mamba3(Mixer):
         return -tail.clamp_min(_SLOWEST) * dt, (1 - share) * dt, share * dt, angle
 
     def _output(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        y = rearrange(y + u * self.d.to(u.dtype)[:, None], "... H P -> ... (H P)")
-        return self.out(y * F.silu(z))
+        return self.out(skip_gate(y.flatten(-2), u.flatten(-2), z, self.d.repeat_interleave(u.shape[-1])))

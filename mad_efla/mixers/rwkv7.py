@@ -27,7 +27,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from pydantic import Field
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 
 from mad_efla.mixers import Mixer, MixerConfig, State, in_full
 from mad_efla.mixers._dynamics import Dynamics
-from mad_kernels import dplr, dplr_step
+from mad_kernels import dplr, dplr_step, head_norm_gate, l2_normalize, token_shift
 
 # Powers of the channel's place in 1 - place^p, where mu starts.
 _MIX = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
@@ -85,7 +84,7 @@ class RWKV7(Mixer):
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Mix along L with the parallel form."""
-        r, k, v, log_decay, erased, key, gate = self._parts(x, F.pad(x, (0, 0, 1, -1)))
+        r, k, v, log_decay, erased, key, gate = self._parts(self._shifted(x))
         o, _ = dplr(r, k, v, log_decay, erased, key)
         return self._output(o, r, k, v, gate)
 
@@ -97,30 +96,38 @@ class RWKV7(Mixer):
     def step(self, x: Float[Tensor, "B D"], state: State) -> tuple[Float[Tensor, "B D"], State]:
         """Mix one more token."""
         S, *before = state
-        r, k, v, log_decay, erased, key, gate = self._parts(x, *before)
+        r, k, v, log_decay, erased, key, gate = self._parts(self._shifted_token(x, *before))
         o, S = dplr_step(r, k, v, log_decay, erased, key, S)
         return self._output(o, r, k, v, gate), (S, *(x for _ in before))
 
     def dynamics(self, x: Float[Tensor, "B L D"]) -> Dynamics:
         """Return how the state moves, without the bonus of the present token."""
-        r, k, v, log_decay, erased, key, _ = self._parts(x, F.pad(x, (0, 0, 1, -1)))
+        r, k, v, log_decay, erased, key, _ = self._parts(self._shifted(x))
         return Dynamics(log_decay=log_decay, a=erased, b=key, k=k, v=v, q=r, step="euler")
 
     def mixing_flops(self, seq_len: int) -> int:
         """Count: decay one; recall, erase, write and read two each per number of state."""
         return 9 * self.config.heads * self.Dk**2
 
-    def _parts(self, x: Tensor, before: Tensor | None = None) -> list[Tensor]:
+    def _shifted(self, x: Tensor) -> dict[str, Tensor]:
+        """Return x^c of whole sequences for each of r, w, k, v, a, g."""
+        if not self.mix:
+            return dict.fromkeys(_MIX, x)
+        return dict(zip(_MIX, token_shift(x, torch.stack([self.mix[c] for c in _MIX])), strict=True))
+
+    def _shifted_token(self, x: Tensor, before: Tensor | None = None) -> dict[str, Tensor]:
+        """Return x^c of one token behind another; without a shift there is none."""
+        if before is None:
+            return dict.fromkeys(_MIX, x)
+        return {c: x + (before - x) * self.mix[c].to(x.dtype) for c in _MIX}
+
+    def _parts(self, shifted: dict[str, Tensor]) -> list[Tensor]:
         """Return r, k~, v, log w, -a kappa and kappa in heads, and g."""
-        shifted = dict.fromkeys(_MIX, x)
-        if self.mix and before is not None:
-            change = before - x
-            shifted = {c: x + change * self.mix[c].to(x.dtype) for c in _MIX}
         r, k, v = self.r(shifted["r"]), self.k(shifted["k"]), self.v(shifted["v"])
         log_decay = -math.exp(-0.5) * torch.sigmoid(in_full(self.decay, shifted["w"]))
         rate = torch.sigmoid(in_full(self.rate, shifted["a"]))
         wide = k.to(rate.dtype)
-        key = F.normalize(self._heads(wide * self.removal), dim=-1)
+        key = l2_normalize(self._heads(wide * self.removal), floor=1e-12)
         k = (wide * (1 + (rate - 1) * self.replacement)).to(k.dtype)
         parts = [self._heads(z) for z in (r, k, v, log_decay, rate)]
         return [*parts[:4], -parts[4] * key, key, in_full(self.gate, shifted["g"])]
@@ -129,10 +136,9 @@ class RWKV7(Mixer):
         return rearrange(x, "... (H Dk) -> ... H Dk", H=self.config.heads)
 
     def _output(self, o: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        tokens = rearrange(o, "... H Dk -> (...) (H Dk)").to(gate.dtype)
-        normed = self._heads(self.norm(tokens).view_as(gate))
-        bonus = (r * k * self._heads(self.bonus)).sum(-1, keepdim=True) * v
-        return self.out(rearrange(normed + bonus, "... H Dk -> ... (H Dk)") * gate)
+        o, r, k, v, g = (z.reshape(-1, self.config.heads, self.Dk) for z in (o, r, k, v, gate))
+        weight, bias, bonus = (self._heads(z) for z in (self.norm.weight, self.norm.bias, self.bonus))
+        return self.out(head_norm_gate(o, r, k, v, g, weight, bias, bonus, self.norm.eps).view_as(gate))
 
 
 class _LowRank(nn.Module):

@@ -1,16 +1,16 @@
 """One optimiser step, in three forms that call the same `update`: from batch numbers to a loss.
 
-    plain      scored positions by a mask; the learning rate from the host. What a CPU runs.
+    plain      scored positions by a mask; the learning rate from the host. What every device runs.
     static     every shape follows from the number of rows: scored positions as numbers, padded by
                ignored targets; the learning rate in a tensor. Nothing is read back from the device.
     graph      static, captured once per number of rows as a CUDA graph, and replayed: one launch
-               instead of hundreds. What a GPU runs. A capture is checked when it is made.
+               instead of hundreds. A capture is checked when it is made.
 
 On a CPU plain and static give equal bits where every row has equally many scored positions and the
 rate is a float32; otherwise they differ by rounding, since padded sums are partitioned otherwise.
 
-MAD_EFLA_STEP names a form for all runs. The graph form has not been run on a GPU yet; `make
-gpu-train` compares and times all forms there.
+MAD_EFLA_STEP names another form for all runs. The graph form has not been run on a GPU yet, so it
+runs where it is asked for; `make gpu-train` compares and times all forms there.
 """
 
 import os
@@ -223,7 +223,7 @@ def form(device: torch.device) -> str:
     Raises:
         ValueError: MAD_EFLA_STEP names none, or one that cannot run there.
     """
-    chosen = os.environ.get(VARIABLE) or ("graph" if device.type == "cuda" else "plain")
+    chosen = os.environ.get(VARIABLE) or "plain"
     if chosen not in FORMS:
         raise ValueError(f"{VARIABLE}={chosen!r} must be one of {', '.join(FORMS)}")
     if chosen == "graph" and device.type != "cuda":

@@ -13,7 +13,10 @@ import mad_kernels as mk
 
 FAST = ("chunked", "numba")
 B, L, H, DK, DV = 2, 9, 2, 4, 3
-OPERATORS = ("delta_rule", "gated_delta_rule", "ssd", "efla", "gated_efla", "kaczmarz")
+FAMILY = ("delta_rule", "gated_delta_rule", "ssd", "efla", "gated_efla", "kaczmarz")
+# Operators and the backends that are registered; dplr's chunk form is plain torch.
+PAIRS = [(operator, backend) for operator in FAMILY for backend in FAST]
+PAIRS += [("dplr", "numba"), ("selective_scan", "numba")]
 
 
 def inputs(operator, *, stack=(), dtype=torch.float64):
@@ -35,6 +38,13 @@ def inputs(operator, *, stack=(), dtype=torch.float64):
             normal(B, L, 1, DK),
             normal(B, H, DK, DV),
         ]
+    if operator == "selective_scan":
+        widths = ((B, L, DV), (DV, DK), (B, L, DK), (B, L, DK), (B, DV, DK))
+        x, a, b, c, S = (normal(*width) for width in widths)
+        return [x, uniform(B, L, DV), -a.abs(), b, c, S]
+    if operator == "dplr":
+        q, k, decay, a, b = (normal(*scalar, DK) / 2 for _ in range(5))
+        return [q, k, normal(*scalar, DV), -decay.abs(), a, b, normal(B, H, DK, DV)]
     tensors = [normal(*scalar, DK), normal(*scalar, DK) / 2, normal(*scalar, DV), uniform(*scalar)]
     if operator == "gated_delta_rule":
         tensors.append(-uniform(*scalar))
@@ -47,7 +57,9 @@ def outputs_of(operator, backend):
     def call(*tensors):
         *arguments, S = tensors
         options = {"initial_state": S, "output_final_state": True, "backend": backend}
-        return getattr(mk, operator)(*arguments, chunk=4, **options)
+        if operator in FAMILY:
+            options["chunk"] = 4
+        return getattr(mk, operator)(*arguments, **options)
 
     return call
 
@@ -74,7 +86,25 @@ def test_the_passes_keep_the_rules_of_torch(backend, kind):
     for save in (True, False):
         torch.library.opcheck(forward.default, (*arguments, S, 4, save))
     o, final, *kept = forward(*arguments, S, 4, True)
-    torch.library.opcheck(backward.default, (*arguments, *kept, o, final, 4))
+    torch.library.opcheck(backward.default, (*arguments, S, *kept, o, final, 4))
+    torch.library.opcheck(backward.default, (*arguments, S, *kept, o, None, 4))
+
+
+@pytest.mark.parametrize("operator", ["dplr", "dplr without a and b", "selective_scan"])
+def test_the_passes_of_other_loops_keep_the_rules_of_torch(operator):
+    name, *without = operator.split(" ", 1)
+    arguments = inputs(name)
+    if without:
+        arguments[4:6] = None, None
+    if name == "selective_scan":
+        arguments[2] = arguments[2][None]
+    forward = getattr(torch.ops.mad_kernels, f"{name}_numba_forward")
+    backward = getattr(torch.ops.mad_kernels, f"{name}_numba_backward")
+    for save in (True, False):
+        torch.library.opcheck(forward.default, (*arguments, 4, save))
+    y, final, *kept = forward(*arguments, 4, True)
+    torch.library.opcheck(backward.default, (*arguments, *kept, y, final, 4))
+    torch.library.opcheck(backward.default, (*arguments, *kept, None, final, 4))
 
 
 def test_unit_keys_keep_the_rules_of_torch():
@@ -88,8 +118,7 @@ def test_unit_keys_keep_the_rules_of_torch():
 # ---- torch.func
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("operator", "backend"), PAIRS)
 def test_stacked_calls_equal_a_loop_in_value_and_gradient(backend, operator):
     stacked = inputs(operator, stack=(3,))
     wanted = tuple(range(len(stacked)))
@@ -106,12 +135,11 @@ def test_stacked_calls_equal_a_loop_in_value_and_gradient(backend, operator):
             torch.testing.assert_close(x, torch.stack(want), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("operator", "backend"), PAIRS)
 def test_shared_tensors_and_other_axes_may_be_mapped(backend, operator):
     tensors = inputs(operator)
     call = outputs_of(operator, backend)
-    values = torch.stack([tensors[2], 2 * tensors[2]], dim=1)
+    values = torch.stack([tensors[2], 2 * tensors[2]], dim=1)  # of selective_scan decay rates
     in_dims = tuple(1 if i == 2 else None for i in range(len(tensors)))
     o, final = vmap(call, in_dims=in_dims)(*tensors[:2], values, *tensors[3:])
     for i in range(2):
@@ -131,8 +159,7 @@ def test_many_pulls_through_one_call_equal_single_ones(backend):
         torch.testing.assert_close(x, torch.stack(want), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("operator", "backend"), PAIRS)
 def test_second_order_gradients_are_refused_with_a_cure(backend, operator):
     loss = loss_of(operator, backend)
     with pytest.raises(RuntimeError, match="first-order gradients only here:"):
@@ -146,20 +173,21 @@ def test_compiled_graphs_are_whole_and_equal_with_their_gradients():
     # A process of its own: torch.compile cannot look into the shape checker of the tests.
     code = """
         import torch
-        from tests.kernels.test_custom_ops import FAST, inputs, outputs_of
-        for backend in FAST:
-            for operator in ("ssd", "gated_delta_rule", "gated_efla"):
-                call = outputs_of(operator, backend)
-                torch.compiler.reset()
-                compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-                results = []
-                for run in (call, compiled):
-                    leaves = [x.requires_grad_() for x in inputs(operator)]
-                    o, final = run(*leaves)
-                    loss = o.square().sum() + final.sum()
-                    results.append([o, final, *torch.autograd.grad(loss, leaves)])
-                for x, y in zip(*results, strict=True):
-                    torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+        from tests.kernels.test_custom_ops import PAIRS, inputs, outputs_of
+        for operator, backend in PAIRS:
+            if operator in ("delta_rule", "efla", "kaczmarz"):
+                continue  # parts of those that have a gate
+            call = outputs_of(operator, backend)
+            torch.compiler.reset()
+            compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+            results = []
+            for run in (call, compiled):
+                leaves = [x.requires_grad_() for x in inputs(operator)]
+                o, final = run(*leaves)
+                loss = o.square().sum() + final.sum()
+                results.append([o, final, *torch.autograd.grad(loss, leaves)])
+            for x, y in zip(*results, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(code)]

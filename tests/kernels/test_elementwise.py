@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU: the loops against plain torch in float64, values and gradients.
+"""RMSNorm, gates and the token shift: the loops against plain torch in float64, values and gradients.
 
 Tolerances are relative L2 errors against float64 on the same (rounded) inputs; for bfloat16, a
 multiple of the error that plain torch itself makes on those inputs.
@@ -80,6 +80,55 @@ def test_swiglu_equals_plain_torch(shape, dtype):
     *front, width = shape
     h, slope = drawn((*front, 2 * width), shape, dtype=dtype)
     compare(mk.swiglu, [4 * h], [slope])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_skip_and_gate_equal_plain_torch(shape, dtype):
+    y, u, z, skip, slope = drawn(*[shape] * 3, shape[-1:], shape, dtype=dtype)
+    compare(mk.skip_gate, [y, u, 4 * z, skip], [slope])
+
+
+def test_a_gate_in_bfloat16_meets_float32():
+    y, u, z, skip, slope = drawn(*[(2, 5, 40)] * 3, (40,), (2, 5, 40), dtype=torch.float32)
+    z = z.bfloat16()
+    got = gradients(lambda y, u, z, d: mk.skip_gate(y, u, slices(z), d, backend="numba"), [y, u, z, skip], [slope])
+    want = gradients(mk.skip_gate, [t.double() for t in (y, u, z, skip)], [slope])
+    assert [t.dtype for t in got] == [*[torch.float32] * 3, torch.bfloat16, torch.float32]
+    for p, q, limit in zip(got, want, [2e-6] * 3 + [4e-3, 2e-6], strict=True):
+        assert relative(p, q) < limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 16, 2), (1, 4, 8), (70, 8, 16), (5, 1, 32), (2, 3, 32), (3, 2, 64), (2, 1, 96)])
+def test_norm_bonus_and_gate_of_heads_equal_plain_torch(shape, dtype):
+    tensors = drawn(*[shape] * 5, *[shape[1:]] * 3, dtype=dtype)
+    compare(lambda *x, **options: mk.head_norm_gate(*x, EPS, **options), tensors, drawn(shape, dtype=dtype, seed=1))
+
+
+def test_heads_between_vectors_take_plain_torch():
+    tensors = drawn(*[(2, 3, 8)] * 5, *[(3, 8)] * 3)
+    with mk.record_backends() as ran:
+        mk.head_norm_gate(*tensors, EPS)
+    assert ran == {"head_norm_gate:reference"}
+    with pytest.raises(ValueError, match="takes heads that fill vectors of 32"):
+        mk.head_norm_gate(*tensors, EPS, backend="numba")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "rows"), [((3, 5, 7), 6), ((2, 1, 32), 1), ((1, 9, 100), 2), ((4, 3, 64), 3)])
+def test_the_token_shift_equals_plain_torch(shape, rows, dtype):
+    x, mix, *slopes = drawn(shape, (rows, shape[-1]), *[shape] * rows, dtype=dtype)
+    compare(mk.token_shift, [x, mix], slopes)
+
+
+def test_a_shift_reads_parts_of_a_projection_and_gradients_that_repeat():
+    x, mix, slope = drawn((2, 5, 36), (2, 36), (2, 5, 36))
+    slopes = [slope, slope[:, :1].expand(2, 5, 36)]
+    want = gradients(mk.token_shift, [x, mix], slopes)
+    got = gradients(lambda x, mix: mk.token_shift(slices(x), mix, backend="numba"), [x, mix], slopes)
+    for p, q in zip(got, want, strict=True):
+        assert relative(p, q) < 1e-13
 
 
 def test_a_branch_in_bfloat16_joins_a_stream_in_float32():
@@ -196,6 +245,8 @@ taps = torch.ones(8, 2)
 for call in (
     lambda x: mk.rms_norm(x, weight, 1e-5),
     lambda x: mk.swiglu(x),
+    lambda x: mk.skip_gate(x, x, x, weight),
+    lambda x: mk.token_shift(x[None], torch.ones(2, 8))[1],
     lambda x: mk.short_conv_split(x[None], taps, None, (3, 5), activation="silu")[1],
 ):
     compiled = torch.compile(call, backend="eager", fullgraph=True)
@@ -233,5 +284,7 @@ def test_arguments_that_do_not_fit_are_refused():
         mk.rms_norm.__wrapped__(x, torch.ones(5), EPS)
     with pytest.raises(ValueError, match=r"rms_norm: eps=-1e-05 must be at least 0"):
         mk.rms_norm(x, torch.ones(6), -1e-5)
+    with pytest.raises(ValueError, match=r"skip_gate: z has shape \(3, 5\) but y has \(3, 6\)"):
+        mk.skip_gate.__wrapped__(x, x, x[:, :5], torch.ones(6))
     with pytest.raises(ValueError, match=r"swiglu: h has shape \(3, 5\), but its last axis"):
         mk.swiglu.__wrapped__(x[:, :5])

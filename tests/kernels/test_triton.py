@@ -23,7 +23,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from mad_kernels import blocks
 from mad_kernels.delta_rule.triton import delta_rule_triton
-from mad_kernels.ssd.triton import ssd_triton
+from mad_kernels.ssd.as_delta_rule import ssd_triton
 
 # triton 3.6 reads sizes in a way that numpy announces it will refuse.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
@@ -189,11 +189,11 @@ def test_the_operators_keep_torch_rules(kind):
     if kind == "ssd":
         tensors[3] = None
     operators = torch.ops.mad_kernels
-    torch.library.opcheck(operators.delta_rule_forward.default, (*tensors, True))
-    torch.library.opcheck(operators.delta_rule_forward.default, (*tensors, False))
-    o, final, *kept = operators.delta_rule_forward(*tensors, True)
-    torch.library.opcheck(operators.delta_rule_backward.default, (*tensors, *kept, o, final))
-    torch.library.opcheck(operators.delta_rule_backward.default, (*tensors, *kept, o, None))
+    torch.library.opcheck(operators.delta_rule_triton_forward.default, (*tensors, True))
+    torch.library.opcheck(operators.delta_rule_triton_forward.default, (*tensors, False))
+    o, final, *kept = operators.delta_rule_triton_forward(*tensors, True)
+    torch.library.opcheck(operators.delta_rule_triton_backward.default, (*tensors, *kept, o, final))
+    torch.library.opcheck(operators.delta_rule_triton_backward.default, (*tensors, *kept, o, None))
 
 
 def test_compiled_graphs_are_whole_and_equal():

@@ -54,7 +54,7 @@ def test_it_is_the_equation(conv):
 
 def test_decay_rate_and_key_stay_in_their_ranges():
     mixer, x = shaken({}), example()
-    _, _, _, log_decay, erased, key, _ = mixer._parts(x, F.pad(x, (0, 0, 1, -1)))
+    _, _, _, log_decay, erased, key, _ = mixer._parts(mixer._shifted(x))
     assert (log_decay < 0).all()
     assert (log_decay > -math.exp(-0.5)).all()
     torch.testing.assert_close(key.norm(dim=-1), torch.ones(B, L, H, dtype=x.dtype))
@@ -67,7 +67,7 @@ def test_the_token_shift_reaches_one_token_back():
     mixer = shaken({})
     x = example().requires_grad_()
     # Without a past in the state, two tokens are all that the first two outputs can see.
-    parts = mixer._parts(x, F.pad(x, (0, 0, 1, -1)))
+    parts = mixer._parts(mixer._shifted(x))
     (gradient,) = torch.autograd.grad(sum(p[:, 7].square().sum() for p in parts), x)
     assert (gradient.abs().amax(dim=(0, 2)) > 0).nonzero().flatten().tolist() == [6, 7]
 
@@ -81,8 +81,8 @@ def test_without_token_shift_the_state_is_the_heads_alone():
 def test_decay_and_gate_stay_in_float32_under_autocast():
     mixer, x = make("rwkv7", {"conv": 0}, dtype=torch.float32), example(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = mixer._parts(x)
-    plain = mixer._parts(x)
+        inside = mixer._parts(mixer._shifted(x))
+    plain = mixer._parts(mixer._shifted(x))
     inside, plain = ((parts[3], parts[-1]) for parts in (inside, plain))
     assert all(torch.equal(p, q) for p, q in zip(inside, plain, strict=True))
 

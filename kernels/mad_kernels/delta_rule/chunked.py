@@ -30,8 +30,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mad_kernels.custom_ops import allocate_gradients, filled
 from mad_kernels.decay import Decay, decay_factors, log_decay_gradient
-from mad_kernels.delta_rule.passes import register_passes, room_backward, room_forward
+from mad_kernels.delta_rule.passes import allocate_forward, register_passes
 from mad_kernels.layout import Chunks
 
 # Chunk length by the larger head width, measured forward+backward on an AVX-512 CPU at L = 128.
@@ -58,7 +59,7 @@ def delta_rule_chunked(
     write: Float[Tensor, "B L H"],
     log_decay: Float[Tensor, "B L H"] | None,
     state: Float[Tensor, "B H Dk Dv"],
-    chunk: int | None,
+    chunk: int | None = None,
 ) -> tuple[Float[Tensor, "B L H Dv"], Float[Tensor, "B H Dk Dv"]]:
     """Apply the delta rule chunk by chunk; arguments as in `delta_rule`, already checked.
 
@@ -126,9 +127,8 @@ class _Chunked(NamedTuple):
         return S if self.decay is None else S * self.decay.whole[i][:, None, None]
 
 
-@no_type_check
 def _forward(q, k, v, erase, write, log_decay, state, C, save):
-    results = room_forward(q, k, v, erase, write, log_decay, state, C, save, inverts=True)
+    results = allocate_forward(q, k, v, erase, write, log_decay, state, C, save, inverts=True)
     o, final, *kept = results
     with torch.autocast(v.device.type, enabled=False):
         for rows, chunks in _blocks(k, v, C):
@@ -146,9 +146,9 @@ def _forward(q, k, v, erase, write, log_decay, state, C, save):
     return results
 
 
-@no_type_check
-def _backward(q, k, v, erase, write, log_decay, U, states, T, d_o, d_final, C):
-    grads = room_backward(q, k, v, erase, write, log_decay, U, states, T, d_o, d_final, C)
+def _backward(q, k, v, erase, write, log_decay, state, U, states, T, d_o, d_final, C):
+    grads = allocate_gradients(q, k, v, erase, write, log_decay, state)
+    d_o, d_final = filled(d_o, v), filled(d_final, state)
     with torch.autocast(v.device.type, enabled=False):
         for rows, chunks in _blocks(k, v, C):
             x = _chunked(chunks, rows, q, k, v, erase, write, log_decay, T)
@@ -237,7 +237,7 @@ def _scan_states_backward(x: _Chunked, dO: Tensor, dS: Tensor) -> tuple[Tensor, 
     return dX, d_states, dS
 
 
-@no_type_check
+@no_type_check  # decay is there or not with log_decay
 def _gradients(x, U, states, dO, dX, d_states):
     """Collect dQ, dK, dV, d erase, d write and d log_decay from the gradients along the scan."""
     given = (x.Q, x.K, x.V, x.w, U, states, dO, dX, d_states, x.scores)

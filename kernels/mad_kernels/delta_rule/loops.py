@@ -25,8 +25,6 @@ Departures: dS twice in place of sums across registers; no sum of earlier gradie
 which would cancel under strong decay.
 """
 
-from typing import no_type_check
-
 import numpy as np
 
 from mad_kernels.lanes import (
@@ -50,7 +48,6 @@ from mad_kernels.lanes import (
 
 
 @compile_loop
-@no_type_check
 def forward(q, k, v, e, w, g, state, C, o, final, U, states):
     """Fill `o` and `final`; and, unless `states` is empty, `U` and S^T before each chunk."""
     B, L, H, Dk = k.shape
@@ -86,7 +83,6 @@ def forward(q, k, v, e, w, g, state, C, o, final, U, states):
 
 
 @compile_loop
-@no_type_check
 def _read(S, rows, Q, K, V, out, e, w, g, b, first, h, T, j, Wk, Wv):
     """Run a slab of S over a chunk; V turns into u. What the last token recalls is not used."""
     factor = np.zeros(4, V.dtype)
@@ -123,7 +119,6 @@ def _read(S, rows, Q, K, V, out, e, w, g, b, first, h, T, j, Wk, Wv):
 
 
 @compile_loop
-@no_type_check
 def backward(q, k, v, e, w, g, states, U, d_out, d_final, C, dq, dk, dv, de, dw, dg, d_initial):
     """Fill the gradients `dq` to `d_initial`; dg, by log_decay, has to come in as zeros."""
     B, L, H, Dk = k.shape
@@ -177,7 +172,6 @@ def backward(q, k, v, e, w, g, states, U, d_out, d_final, C, dq, dk, dv, de, dw,
 
 
 @compile_loop
-@no_type_check
 def _pull(dS, rows, Q, K, do, du, R, e, g, b, first, h, T, j, Wk, Wv):
     """Run a slab of dS back over a chunk: du, and R."""
     factor = np.zeros(3, do.dtype)
@@ -215,7 +209,6 @@ def _pull(dS, rows, Q, K, do, du, R, e, g, b, first, h, T, j, Wk, Wv):
 
 
 @compile_loop
-@no_type_check
 def _replay(walk, columns, K, u, do, du, Z, dQ, g, b, first, h, T, i, Wk, Wv):
     """Run a slab of S^T over a chunk: z and dq; under decay, keep it after every token."""
     factor = np.zeros(2, u.dtype)
@@ -246,7 +239,6 @@ def _replay(walk, columns, K, u, do, du, Z, dQ, g, b, first, h, T, i, Wk, Wv):
 
 
 @compile_loop
-@no_type_check
 def _pull_turned(dSt, columns, walk, Q, K, u, do, R, dK, g, dg, b, first, h, T, i, Wk, Wv):
     """Run a slab of dS^T back over a chunk: dS u, and the slab's share of d log_decay."""
     factor = np.zeros(2, u.dtype)
@@ -291,7 +283,6 @@ def _pull_turned(dSt, columns, walk, Q, K, u, do, R, dK, g, dg, b, first, h, T, 
 
 
 @compile_loop
-@no_type_check
 def _finish(K, V, e, w, Z, dK, du, b, first, h, T, Wk, Wv, de, dw):
     """Put the parts of dk together, turn du into dv, and sum up d erase and d write."""
     factor = np.zeros(3, V.dtype)

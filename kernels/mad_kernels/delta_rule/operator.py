@@ -4,16 +4,30 @@ S_t = exp(log_decay_t) (I - erase_t k_t k_t^T) S_{t-1} + write_t k_t v_t^T
 o_t = S_t^T q_t
 """
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
-from mad_kernels.checks import check_chunk, check_tensors, working_dtype
+from mad_kernels.checks import check_tensors
 from mad_kernels.delta_rule.chunked import delta_rule_chunked
 from mad_kernels.delta_rule.compiled import delta_rule_compiled
 from mad_kernels.delta_rule.reference import delta_rule_reference, delta_rule_token
-from mad_kernels.dispatch import choose_backend, obstacle_to_triton, runs_compiled_loops
+from mad_kernels.dispatch import run_backend
 
-BACKENDS = ("chunked", "numba", "reference", "triton")
+
+def _triton(*tensors: Any) -> tuple[Tensor, Tensor]:
+    from mad_kernels.delta_rule.triton import delta_rule_triton  # triton only where it is used
+
+    return delta_rule_triton(*tensors)
+
+
+BACKENDS = {
+    "chunked": delta_rule_chunked,
+    "numba": delta_rule_compiled,
+    "reference": delta_rule_reference,
+    "triton": _triton,
+}
 
 
 def delta_rule(
@@ -54,40 +68,18 @@ def delta_rule(
     Raises:
         ValueError: If shapes, dtypes, devices, `chunk` or `backend` do not fit.
     """
-    sizes = check_tensors(
-        "delta_rule",
-        {
-            "q": (q, "B L H Dk"),
-            "k": (k, "B L H Dk"),
-            "v": (v, "B L H Dv"),
-            "erase": (erase, "B L H"),
-            "write": (write, "B L H"),
-            "log_decay": (log_decay, "B L H"),
-            "initial_state": (initial_state, "B H Dk Dv"),
-        },
-    )
-    if chunk is not None:
-        check_chunk("delta_rule", chunk)
-    automatic = "numba" if runs_compiled_loops(v, opaque=True) else "chunked"
-    obstacle = obstacle_to_triton(v, sizes["Dk"], sizes["Dv"])
-    if v.is_cuda and obstacle is None:
-        automatic = "triton"
-    options = {"automatic": automatic, "like": v, "obstacle": obstacle}
-    chosen = choose_backend("delta_rule", backend, BACKENDS, **options)
-    state = initial_state
-    if state is None:
-        shape = [sizes[axis] for axis in ("B", "H", "Dk", "Dv")]
-        state = v.new_zeros(shape, dtype=working_dtype(v))
-    if chosen == "reference":
-        o, final = delta_rule_reference(q, k, v, erase, write, log_decay, state)
-    elif chosen == "triton":
-        from mad_kernels.delta_rule.triton import delta_rule_triton  # triton only where it is used
-
-        o, final = delta_rule_triton(q, k, v, erase, write, log_decay, state)
-    elif chosen == "numba":
-        o, final = delta_rule_compiled(q, k, v, erase, write, log_decay, state, chunk)
-    else:
-        o, final = delta_rule_chunked(q, k, v, erase, write, log_decay, state, chunk)
+    given = {
+        "q": (q, "B L H Dk"),
+        "k": (k, "B L H Dk"),
+        "v": (v, "B L H Dv"),
+        "erase": (erase, "B L H"),
+        "write": (write, "B L H"),
+        "log_decay": (log_decay, "B L H"),
+        "initial_state": (initial_state, "B H Dk Dv"),
+    }
+    sizes = check_tensors("delta_rule", given)
+    options = {"like": "v", "widths": "Dk Dv", "chunk": chunk}
+    o, final = run_backend("delta_rule", BACKENDS, backend, given, sizes, **options)
     return o, final if output_final_state else None
 
 

@@ -48,9 +48,9 @@ from mad_kernels.blocks import (
     readable,
     store_tokens,
     unit_lower_inverse,
-    with_gradients,
     writable,
 )
+from mad_kernels.custom_ops import allocate_gradients, with_gradients
 
 # Fixed, so that no run depends on a timing.
 CHUNK = 16  # tokens
@@ -73,8 +73,7 @@ def delta_rule_triton(
 
     An erase that is None erases nothing; G divides H.
     """
-    o, final, *_ = _run(q, k, v, erase, write, log_decay, state)
-    return o, final
+    return _run(q, k, v, erase, write, log_decay, state)
 
 
 @no_type_check  # sizes are symbols while torch.compile traces
@@ -99,23 +98,14 @@ def product_of(v: Tensor) -> str:
     return "ieee" if interpreted() else PRODUCTS[v.dtype]
 
 
-@torch.library.custom_op("mad_kernels::delta_rule_forward", mutates_args=())
 @no_type_check
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    erase: Tensor | None,
-    write: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(q, k, v, erase, write, log_decay, state, save):
     (B, L, H, Dv), (G, Dk) = v.shape, k.shape[2:]
-    o, final, P, T, U, states = _room(q, k, v, erase, write, log_decay, state, save)
+    o, final, P, T, U, states = _allocate(q, k, v, erase, write, log_decay, state, save)
     if 0 in (B, H, Dk, Dv):
-        return o.zero_().to(v.dtype), final.zero_(), P, T, U, states
+        return o.zero_(), final.zero_(), P, T, U, states
     q, k, v_, e, w, g, S = (readable(x, v) for x in (q, k, v, erase, write, log_decay, state))
+    o = writable(v, *o.shape, dtype=v.dtype) if interpreted() else o
     walk, hold = options_of(Dk, Dv, erase=erase is not None, decay=log_decay is not None)
     product = product_of(v)
     with torch.cuda.device_of(v):
@@ -130,19 +120,13 @@ def _forward(
     return o.to(v.dtype), final, P, T, U, states
 
 
-@_forward.register_fake
-@no_type_check
-def _forward_fake(q, k, v, erase, write, log_decay, state, save):
-    o, *others = _room(q, k, v, erase, write, log_decay, state, save)
-    return o.to(v.dtype), *others
-
-
-@no_type_check
-def _room(q, k, v, erase, write, log_decay, state, save):
+@no_type_check  # sizes are symbols while torch.compile traces
+def _allocate(q, k, v, erase, write, log_decay, state, save):
+    """Make room for o, final, P, T, U and states."""
     (B, L, H, Dv), Dk = v.shape, k.shape[-1]
     inverted = 0 if erase is None else L
     return (
-        writable(v, B, L, H, Dv, dtype=v.dtype),
+        v.new_empty(B, L, H, Dv),
         writable(v, B, H, Dk, Dv),
         writable(v, B, L, H, CHUNK),
         writable(v, B, inverted, H, CHUNK),
@@ -151,34 +135,19 @@ def _room(q, k, v, erase, write, log_decay, state, save):
     )
 
 
-@torch.library.custom_op("mad_kernels::delta_rule_backward", mutates_args=())
 @no_type_check
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    erase: Tensor | None,
-    write: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    P: Tensor,
-    T: Tensor,
-    U: Tensor,
-    states: Tensor,
-    d_o: Tensor | None,
-    d_final: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(q, k, v, erase, write, log_decay, state, P, T, U, states, d_o, d_final):
     (B, L, H, Dv), (G, Dk) = v.shape, k.shape[2:]
     inputs = (q, k, v, erase, write, log_decay, state)
     if 0 in (B, L, H, Dk, Dv):
-        grads = [_like(x, v) for x in inputs]
+        grads = [x.zero_() for x in allocate_gradients(*inputs)]
         if L == 0 and d_final is not None:
             grads[-1] = d_final.to(state.dtype, copy=True)
         return tuple(grads)
     shared = torch.float32 if H > G else None
     d_q, d_k = (writable(v, B, L, H, Dk, dtype=shared or x.dtype) for x in (q, k))
     d_v, d_erase, d_write, d_log_decay, d_state = (
-        writable(v, *_like(x, v).shape, dtype=v.dtype if x is None else x.dtype) for x in inputs[2:]
+        writable(v, *x.shape, dtype=x.dtype) for x in allocate_gradients(*inputs)[2:]
     )
     d_X, d_states = writable(v, *v.shape), writable(v, *states.shape)
     walk, hold = options_of(Dk, Dv, erase=erase is not None, decay=log_decay is not None)
@@ -205,18 +174,13 @@ def _backward(
     return tuple(grad if x is None else grad.to(x.dtype) for grad, x in pairs)
 
 
-@_backward.register_fake
-@no_type_check
-def _backward_fake(q, k, v, erase, write, log_decay, state, P, T, U, states, d_o, d_final):
-    return tuple(_like(x, v) for x in (q, k, v, erase, write, log_decay, state))
-
-
-def _like(x: Tensor | None, v: Tensor) -> Tensor:
-    """Make zeros for the gradient of an operand; one that is None has an empty gradient."""
-    return v.new_zeros(v.shape[0], 0) if x is None else x.new_zeros(x.shape)
-
-
-_run = with_gradients("delta_rule", _forward, _backward, keeps=True)
+_run = with_gradients(
+    *("delta_rule", "triton", "q k v erase? write log_decay? state"),
+    forward=_forward,
+    backward=_backward,
+    allocate=_allocate,
+    kept=(0, 0, 0, 0),
+)
 
 
 @triton.jit(do_not_specialize=["L", "H", "G"])

@@ -6,15 +6,12 @@
 Legend: R rows, the number of norms; `tail` what is left of a row behind its last 32 numbers.
 """
 
-from typing import no_type_check
-
 import numpy as np
 
 from mad_kernels.lanes import LANES, aligned_zeros, compile_loop, copy, fma, load, mul, spread, store, total
 
 
 @compile_loop
-@no_type_check
 def forward(x, floor, key, norm):
     """Fill `key`, flat like `x`, and `norm`."""
     R, D = norm.size, x.size // max(norm.size, 1)
@@ -42,7 +39,6 @@ def forward(x, floor, key, norm):
 
 
 @compile_loop
-@no_type_check
 def backward(key, norm, d_key, d_norm, floor, dx):
     """Fill `dx`, flat like `key`."""
     R, D = norm.size, key.size // max(norm.size, 1)

@@ -23,7 +23,7 @@ Keys and norms take one pass over memory each way, in compiled loops where they 
 (`unit_key_loops`); the rest is a few operations on one number per token.
 """
 
-from typing import Literal, NamedTuple, no_type_check
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -116,7 +116,6 @@ def _unit_keys(k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("mad_kernels::unit_keys_forward", mutates_args=())
-@no_type_check
 def _unit_keys_forward(k: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     if not runs_compiled_loops(k):
         norm = torch.linalg.vector_norm(k, dim=-1).clamp_min(floor)
@@ -131,7 +130,6 @@ def _unit_keys_forward(k: Tensor, floor: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("mad_kernels::unit_keys_backward", mutates_args=())
-@no_type_check
 def _unit_keys_backward(key: Tensor, norm: Tensor, d_key: Tensor, d_norm: Tensor, floor: float) -> Tensor:
     if not runs_compiled_loops(key):
         along = torch.where(norm > floor, d_norm - (d_key * key).sum(-1) / norm, 0)
@@ -147,25 +145,21 @@ def _unit_keys_backward(key: Tensor, norm: Tensor, d_key: Tensor, d_norm: Tensor
 
 
 @_unit_keys_forward.register_fake
-@no_type_check
 def _unit_keys_forward_fake(k, floor):
     return k.new_empty(k.shape), k.new_empty(k.shape[:-1])
 
 
 @_unit_keys_backward.register_fake
-@no_type_check
 def _unit_keys_backward_fake(key, norm, d_key, d_norm, floor):
     return key.new_empty(key.shape)
 
 
 @_unit_keys_forward.register_vmap
-@no_type_check
 def _unit_keys_forward_vmap(info, in_dims, k, floor):
     return _unit_keys_forward(k.movedim(in_dims[0], 0), floor), (0, 0)
 
 
 @_unit_keys_backward.register_vmap
-@no_type_check
 def _unit_keys_backward_vmap(info, in_dims, *arguments):
     *stacked, floor = stack(info.batch_size, in_dims, arguments)
     return _unit_keys_backward(*stacked, floor), 0
@@ -180,19 +174,16 @@ class _UnitKeys(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @no_type_check
     def forward(k, floor):
         with torch.no_grad():
             return _unit_keys_forward(k, floor)
 
     @staticmethod
-    @no_type_check
     def setup_context(ctx, inputs, output):
         ctx.floor = inputs[1]
         ctx.save_for_backward(*output)
 
     @staticmethod
-    @no_type_check
     def backward(ctx, d_key, d_norm):
         key, norm = ctx.saved_tensors
         return _pull_unit_keys(key, norm, d_key, d_norm, ctx.floor), None
@@ -204,7 +195,6 @@ class _StepStrengths(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @no_type_check
     def forward(beta, norm, step):
         factor, _ = _factor_and_slope(beta, norm, step)
         write = beta * norm * factor
@@ -212,18 +202,15 @@ class _StepStrengths(torch.autograd.Function):
         return erase, write
 
     @staticmethod
-    @no_type_check
     def setup_context(ctx, inputs, output):
         *tensors, ctx.step = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @no_type_check
     def backward(ctx, d_erase, d_write):
         return *_pull_strengths(*ctx.saved_tensors, d_erase, d_write, ctx.step), None
 
 
-@no_type_check
 def _strengths_backward(beta, norm, d_erase, d_write, step):
     factor, slope = _factor_and_slope(beta, norm, step)
     # Kaczmarz's factor is free of beta, so there both strengths are linear in beta.

@@ -4,12 +4,11 @@ One CPU thread. The backward keeps the inputs, what b has read, and the state be
 C tokens: per head L (5 Dk + 2 Dv) + (L/C) Dk Dv numbers, without a and b L (3 Dk + Dv) and states.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mad_kernels.checks import working_dtype
+from mad_kernels.custom_ops import allocate_gradients, filled, widened, with_gradients
+from mad_kernels.memory import arrays
 
 # Tokens between two kept states. Longer costs cache, shorter costs memory.
 _CHUNK = 64
@@ -26,53 +25,42 @@ def dplr_compiled(
     chunk: int | None = None,
 ) -> tuple[Float[Tensor, "B L H Dv"], Float[Tensor, "B H Dk Dv"]]:
     """Run the recurrence token by token; arguments as in `dplr`, already checked."""
-    inputs = (q, k, v, log_decay, a, b, state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return _CompiledDPLR.apply(*inputs, chunk or _CHUNK, keep)
+    C = max(1, min(chunk or _CHUNK, v.shape[1]))
+    o, final = _run(*widened(v, q, k, v, log_decay, a, b, state), C)
+    return o.to(v.dtype), final
 
 
-class _CompiledDPLR(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, log_decay, a, b, state, chunk, keep):
-        from mad_kernels.dplr import loops  # brings numba, which takes its time
-
-        (B, L, H, Dk), Dv = k.shape, v.shape[-1]
-        wide = working_dtype(v)
-        inputs = (q, k, v, log_decay, a, b, state)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        ctx.set_materialize_grads(False)
-        ctx.chunk = max(1, min(chunk, L))
-        decay = log_decay.detach().to(wide).exp()
-        given = (q, k, v, decay, a, b)
-        tensors = [None if x is None else x.detach().to(wide).contiguous() for x in given]
-        S = state.detach().to(wide).contiguous()
-        o = decay.new_empty(v.shape)
-        final = torch.empty_like(S)
-        recalled = o.new_empty(o.shape if keep and a is not None else (0, 0, 0, 0))
-        n = -(-L // ctx.chunk)
-        states = o.new_empty((B, H, n, Dk, Dv) if keep else (0, 0, 0, 0, 0))
-        loops.forward(*_arrays(*tensors, S), ctx.chunk, *_arrays(o, final, recalled, states))
-        ctx.save_for_backward(*tensors, recalled, states)
-        return o.to(v.dtype), final
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out, d_state):
-        from mad_kernels.dplr import loops
-
-        *tensors, recalled, states = ctx.saved_tensors
-        _, k, v, *_ = tensors
-        B, _, H, Dk = k.shape
-        d_out = torch.zeros_like(v) if d_out is None else d_out.to(v.dtype).contiguous()
-        if d_state is None:
-            d_state = v.new_zeros(B, H, Dk, v.shape[-1])
-        d_state = d_state.to(v.dtype).contiguous()
-        grads = [None if x is None else torch.empty_like(x) for x in (*tensors, d_state)]
-        inputs = _arrays(*tensors, recalled, states, d_out, d_state)
-        loops.backward(*inputs, ctx.chunk, *_arrays(*grads))
-        cast = [x if x is None else x.to(d) for x, d in zip(grads, ctx.dtypes, strict=True)]
-        return *cast, None, None
+def _allocate(q, k, v, log_decay, a, b, state, C, save):
+    """Make room for o, final, what b has read, and the states before each chunk."""
+    B, L, H, Dv = v.shape
+    recalled = (B if save and a is not None else 0, L, H, Dv)
+    states = (B if save else 0, H, -(-L // C), *state.shape[2:])
+    return tuple(v.new_empty(shape) for shape in (v.shape, state.shape, recalled, states))
 
 
-def _arrays(*tensors: Tensor | None) -> list:
-    return [None if x is None else x.numpy() for x in tensors]
+def _forward(q, k, v, log_decay, a, b, state, C, save):
+    from mad_kernels.dplr import loops  # brings numba, which takes its time
+
+    results = _allocate(q, k, v, log_decay, a, b, state, C, save)
+    loops.forward(*arrays(q, k, v, log_decay.exp(), a, b, state), C, *arrays(*results))
+    return results
+
+
+def _backward(q, k, v, log_decay, a, b, state, recalled, states, d_o, d_final, C):
+    from mad_kernels.dplr import loops
+
+    given = (q, k, v, log_decay, a, b, state)
+    grads = allocate_gradients(*given)
+    inputs = arrays(q, k, v, log_decay.exp(), a, b, recalled, states, filled(d_o, v), filled(d_final, state))
+    pairs = zip(grads, given, strict=True)
+    loops.backward(*inputs, C, *arrays(*(None if x is None else grad for grad, x in pairs)))
+    return grads
+
+
+_run = with_gradients(
+    *("dplr", "numba", "q k v log_decay a? b? state", "SymInt C"),
+    forward=_forward,
+    backward=_backward,
+    allocate=_allocate,
+    kept=(0, 0),
+)

@@ -21,8 +21,6 @@ Legend: G the factors g of a chunk; Wk, Wv widths filled up with zeros to whole 
 h head, c chunk, first its first token, T its tokens.
 """
 
-from typing import no_type_check
-
 import numpy as np
 
 from mad_kernels.lanes import (
@@ -45,7 +43,6 @@ from mad_kernels.lanes import (
 
 
 @compile_loop
-@no_type_check
 def forward(q, k, v, g, a, b, state, C, o, final, recalled, states):
     """Fill `o` and `final`; and, unless `states` is empty, `recalled` and S before each chunk."""
     Bs, L, H, Dk = k.shape
@@ -86,7 +83,6 @@ def forward(q, k, v, g, a, b, state, C, o, final, recalled, states):
 
 
 @compile_loop
-@no_type_check
 def _read(S, rows, Q, K, G, a, A, B, V, R, T, j, Wk, Wv):
     """Run a slab of S over a chunk; V turns into o. What the last token reads ahead is not used."""
     zero = spread(np.zeros(1, V.dtype), 0)
@@ -120,7 +116,6 @@ def _read(S, rows, Q, K, G, a, A, B, V, R, T, j, Wk, Wv):
 
 
 @compile_loop
-@no_type_check
 def backward(q, k, v, g, a, b, recalled, states, d_out, d_final, C, dq, dk, dv, dg, da, db, d_initial):
     """Fill the gradients `dq` to `d_initial`; dg is the one by log_decay."""
     Bs, L, H, Dk = k.shape
@@ -182,7 +177,6 @@ def backward(q, k, v, g, a, b, recalled, states, d_out, d_final, C, dq, dk, dv, 
 
 
 @compile_loop
-@no_type_check
 def _pull(dS, rows, Q, K, G, a, A, B, do, dV, dR, T, j, Wk, Wv):
     """Run a slab of dS back over a chunk: dv and dr."""
     zero = spread(np.zeros(1, do.dtype), 0)
@@ -218,7 +212,6 @@ def _pull(dS, rows, Q, K, G, a, A, B, do, dV, dR, T, j, Wk, Wv):
 
 
 @compile_loop
-@no_type_check
 def _replay(walk, columns, K, G, a, A, V, R, do, dR, dB, dQ, T, i, Wk, Wv):
     """Run a slab of S^T over a chunk and keep it after every token: db and dq."""
     zero = spread(np.zeros(1, V.dtype), 0)
@@ -249,7 +242,6 @@ def _replay(walk, columns, K, G, a, A, V, R, do, dR, dB, dQ, T, i, Wk, Wv):
 
 
 @compile_loop
-@no_type_check
 def _pull_turned(dSt, columns, walk, Q, G, a, B, V, R, do, dR, dK, dG, dA, T, i, Wk, Wv):
     """Run a slab of dS^T back over a chunk: dk, da and d log_decay."""
     zero = spread(np.zeros(1, V.dtype), 0)

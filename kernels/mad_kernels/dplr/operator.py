@@ -7,13 +7,13 @@ o_t = S_t^T q_t
 from jaxtyping import Float
 from torch import Tensor
 
-from mad_kernels.checks import check_tensors, working_dtype
-from mad_kernels.dispatch import choose_backend, runs_compiled_loops
+from mad_kernels.checks import check_tensors
+from mad_kernels.dispatch import run_backend
 from mad_kernels.dplr.chunked import dplr_chunked
 from mad_kernels.dplr.compiled import dplr_compiled
 from mad_kernels.dplr.reference import dplr_reference, dplr_token
 
-BACKENDS = ("chunked", "numba", "reference")
+BACKENDS = {"chunked": dplr_chunked, "numba": dplr_compiled, "reference": dplr_reference}
 
 
 def dplr(
@@ -52,27 +52,18 @@ def dplr(
             is given.
     """
     axes = "B L H Dk"
-    sizes = check_tensors(
-        "dplr",
-        {
-            "q": (q, axes),
-            "k": (k, axes),
-            "v": (v, "B L H Dv"),
-            "log_decay": (log_decay, axes),
-            "a": (a, axes),
-            "b": (b, axes),
-            "initial_state": (initial_state, "B H Dk Dv"),
-        },
-    )
+    given = {
+        "q": (q, axes),
+        "k": (k, axes),
+        "v": (v, "B L H Dv"),
+        "log_decay": (log_decay, axes),
+        "a": (a, axes),
+        "b": (b, axes),
+        "initial_state": (initial_state, "B H Dk Dv"),
+    }
+    sizes = check_tensors("dplr", given)
     _check_pair("dplr", a, b)
-    automatic = "numba" if runs_compiled_loops(v) else "chunked"
-    chosen = choose_backend("dplr", backend, BACKENDS, automatic=automatic, like=v)
-    state = initial_state
-    if state is None:
-        shape = [sizes[axis] for axis in ("B", "H", "Dk", "Dv")]
-        state = v.new_zeros(shape, dtype=working_dtype(v))
-    run = {"chunked": dplr_chunked, "numba": dplr_compiled, "reference": dplr_reference}[chosen]
-    o, final = run(q, k, v, log_decay, a, b, state)
+    o, final = run_backend("dplr", BACKENDS, backend, given, sizes, like="v")
     return o, final if output_final_state else None
 
 

@@ -7,8 +7,6 @@ In bfloat16, sums and all between are float32 and y is rounded once.
 Source: Zhang and Sennrich 2019, arXiv 1910.07467, Eq. 4.
 """
 
-from typing import no_type_check
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -93,7 +91,6 @@ def _run(x, r, weight, eps, dtype, backend) -> tuple[Tensor, Tensor]:
     return (x if r is None else s), y
 
 
-@no_type_check
 def _forward(x, r, weight, eps, total, dtype):
     from mad_kernels.elementwise import loops  # brings numba, which takes its time
 
@@ -107,7 +104,6 @@ def _forward(x, r, weight, eps, total, dtype):
     return s, y
 
 
-@no_type_check
 def _backward(s, weight, d_sum, dy, eps, dtypes):
     from mad_kernels.elementwise import loops
 
@@ -133,7 +129,6 @@ class _RMSNorm(torch.autograd.Function):
     """x, r -> x + r, nothing where r is None, and its norm."""
 
     @staticmethod
-    @no_type_check
     def forward(ctx, x, r, weight, eps, total, dtype):
         ctx.set_materialize_grads(False)
         s, y = _forward(x, r, weight, eps, total, dtype)
@@ -144,7 +139,6 @@ class _RMSNorm(torch.autograd.Function):
         return s, y
 
     @staticmethod
-    @no_type_check
     def backward(ctx, d_sum, dy):
         s, weight = ctx.saved_tensors
         r = ctx.dtypes[1]
@@ -154,7 +148,6 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dr if r else None, d_weight, None, None, None
 
 
-@no_type_check
 def _lines(x, weight, eps):
     """Give x, its step, weight, constants, and the length of a line and of a group of sums.
 
@@ -171,6 +164,5 @@ def _lines(x, weight, eps):
     return *_in_lines(x, line), tiled, constants(x, 1.0, 1 / D, eps), line, group
 
 
-@no_type_check
 def _in_lines(x, line):
     return lines(x) if x.shape[-1] == line else (array(x.contiguous()), line)

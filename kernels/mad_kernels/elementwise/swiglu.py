@@ -7,8 +7,6 @@ In bfloat16, all between is float32 and y is rounded once.
 Source: Shazeer 2020, arXiv 2002.05202, Eq. 6, the product before the last projection.
 """
 
-from typing import no_type_check
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -50,7 +48,6 @@ def swiglu_reference(h: Float[Tensor, "*axes twice_I"]) -> Float[Tensor, "*axes 
     return F.silu(gate) * value
 
 
-@no_type_check
 def _forward(h):
     from mad_kernels.elementwise import loops  # brings numba, which takes its time
 
@@ -60,7 +57,6 @@ def _forward(h):
     return y
 
 
-@no_type_check
 def _backward(h, dy):
     from mad_kernels.elementwise import loops
 
@@ -75,12 +71,10 @@ _pull = first_order_only(_backward, "swiglu")
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    @no_type_check
     def forward(ctx, h):
         ctx.save_for_backward(h)
         return _forward(h)
 
     @staticmethod
-    @no_type_check
     def backward(ctx, dy):
         return _pull(*ctx.saved_tensors, dy)

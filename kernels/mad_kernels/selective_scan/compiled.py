@@ -2,15 +2,17 @@
 
 The backward keeps the inputs and the state before every chunk of C tokens: L (2 D + 2 N) +
 (L/C) D N numbers per sequence, where autograd through the token loop keeps several L D N.
+
+Legend: W sets of decay rates: sequences share one in blocks of B/W, which is how stacked calls
+bring each their own; slabs are 32 channels wide, see `loops`.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from mad_kernels.checks import working_dtype
+from mad_kernels.custom_ops import allocate_gradients, filled, widened, with_gradients
+from mad_kernels.memory import arrays
 
 _CHUNK = 32
 _LANES = 32
@@ -26,48 +28,57 @@ def selective_scan_compiled(
     chunk: int | None = None,
 ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B D N"]]:
     """Scan all tokens; arguments as in `selective_scan`, already checked."""
-    keep = torch.is_grad_enabled() and any(z.requires_grad for z in (x, dt, a, b, c, state))
-    return _CompiledScan.apply(x, dt, a, b, c, state, chunk or _CHUNK, keep)
+    C = max(1, min(chunk or _CHUNK, x.shape[1]))
+    y, final = _run(*widened(x, x, dt, a[None], b, c, state), C)
+    return y.to(x.dtype), final
 
 
-class _CompiledScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dt, a, b, c, state, chunk, keep):
-        from mad_kernels.selective_scan import loops
+def _allocate(x, dt, a, b, c, state, C, save):
+    """Make room for y, final, and the states before each chunk, in slabs."""
+    (B, L, D), N = x.shape, b.shape[-1]
+    states = (B if save else 0, -(-L // C), -(-D // _LANES) * _LANES * N)
+    return x.new_empty(x.shape), x.new_empty(state.shape), x.new_empty(states)
 
-        B, L, D = x.shape
-        wide = working_dtype(x)
-        ctx.dtypes = [z.dtype for z in (x, dt, a, b, c, state)]
-        ctx.chunk = max(1, min(chunk, L))
-        ctx.set_materialize_grads(False)
-        X, dT, Bm, Cm = (z.detach().to(wide).contiguous() for z in (x, dt, b, c))
-        A = _to_slabs(a.detach().to(wide))
-        S = _to_slabs(state.detach().to(wide)).clone()
-        y = torch.empty_like(X)
-        kept = (B, -(-L // ctx.chunk) if keep else 0, S.shape[1])
-        states = X.new_empty(kept)
-        arrays = [z.numpy() for z in (X, dT, A, Bm, Cm, S)]
-        loops.forward(*arrays, ctx.chunk, y.numpy(), states.numpy())
-        ctx.save_for_backward(X, dT, A, Bm, Cm, states)
-        return y.to(x.dtype), _from_slabs(S, D, Bm.shape[-1])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y, d_state):
-        from mad_kernels.selective_scan import loops
+def _forward(x, dt, a, b, c, state, C, save):
+    from mad_kernels.selective_scan import loops  # brings numba, which takes its time
 
-        X, dT, A, Bm, Cm, states = ctx.saved_tensors
-        B, _, D = X.shape
-        N = Bm.shape[-1]
-        d_y = torch.zeros_like(X) if d_y is None else d_y.to(X.dtype).contiguous()
-        dS = X.new_zeros(B, D, N) if d_state is None else d_state.to(X.dtype)
-        dS = _to_slabs(dS).clone()
-        grads = [torch.empty_like(z) for z in (X, dT, A, Bm, Cm)]
-        arrays = [z.numpy() for z in (X, dT, A, Bm, Cm, states, d_y)]
-        loops.backward(*arrays, ctx.chunk, dS.numpy(), *(z.numpy() for z in grads))
-        grads[2] = _from_slabs(grads[2], D, N)
-        grads.append(_from_slabs(dS, D, N))
-        return *(z.to(dtype) for z, dtype in zip(grads, ctx.dtypes, strict=True)), None, None
+    y, final, states = _allocate(x, dt, a, b, c, state, C, save)
+    S = _to_slabs(state).clone()
+    for rows, rates in _sets(x, a):
+        inputs = (x[rows], dt[rows], _to_slabs(rates), b[rows], c[rows], S[rows])
+        loops.forward(*arrays(*inputs), C, *arrays(y[rows], states[rows]))
+    return y, final.copy_(_from_slabs(S, *state.shape[1:])), states
+
+
+def _backward(x, dt, a, b, c, state, states, d_y, d_final, C):
+    from mad_kernels.selective_scan import loops
+
+    d_y, dS = filled(d_y, x), _to_slabs(filled(d_final, state)).clone()
+    d_x, d_dt, d_a, d_b, d_c, d_state = allocate_gradients(x, dt, a, b, c, state)
+    for (rows, rates), d_rates in zip(_sets(x, a), d_a, strict=True):
+        A = _to_slabs(rates)
+        inputs = (x[rows], dt[rows], A, b[rows], c[rows], states[rows], d_y[rows])
+        dA = A.new_empty(A.shape)
+        results = (dS[rows], d_x[rows], d_dt[rows], dA, d_b[rows], d_c[rows])
+        loops.backward(*arrays(*inputs), C, *arrays(*results))
+        d_rates.copy_(_from_slabs(dA, *rates.shape))
+    return d_x, d_dt, d_a, d_b, d_c, d_state.copy_(_from_slabs(dS, *state.shape[1:]))
+
+
+_run = with_gradients(
+    *("selective_scan", "numba", "x dt a b c state", "SymInt C"),
+    forward=_forward,
+    backward=_backward,
+    allocate=_allocate,
+    kept=(0,),
+)
+
+
+def _sets(x, a):
+    """Give the sequences that share decay rates, and these."""
+    share = x.shape[0] // a.shape[0]
+    return [(slice(i * share, (i + 1) * share), rates) for i, rates in enumerate(a)]
 
 
 def _to_slabs(x: Tensor) -> Tensor:

@@ -16,15 +16,12 @@ Legend: W channels filled up with zeros to whole slabs; c chunk, first its first
 tokens; a is given turned, slab by slab [W/32, N, 32], and so are states.
 """
 
-from typing import no_type_check
-
 import numpy as np
 
 from mad_kernels.lanes import LANES, aligned_zeros, compile_loop, copy, exp, fma, load, mul, spread, store, total
 
 
 @compile_loop
-@no_type_check
 def forward(x, dt, a, b, c, S, C, y, states):
     """Fill `y`, run `S` [B, W/32 * N * 32] to the last state, keep it before each chunk."""
     B, L, D = x.shape
@@ -51,7 +48,6 @@ def forward(x, dt, a, b, c, S, C, y, states):
 
 
 @compile_loop
-@no_type_check
 def _read(S, A, X, dT, b, c, first, T, d, W, N):
     """Run a slab over a chunk; X turns into y."""
     zero = spread(np.zeros(1, X.dtype), 0)
@@ -71,7 +67,6 @@ def _read(S, A, X, dT, b, c, first, T, d, W, N):
 
 
 @compile_loop
-@no_type_check
 def backward(x, dt, a, b, c, states, dy, C, dS, dx, ddt, da, db, dc):
     """Fill `dx` to `dc`, and run `dS` from the last state's gradient to the first's."""
     B, L, D = x.shape
@@ -113,7 +108,6 @@ def backward(x, dt, a, b, c, states, dy, C, dS, dx, ddt, da, db, dc):
 
 
 @compile_loop
-@no_type_check
 def _replay(walk, A, E, X, dT, b, first, T, d, W, N):
     """Run a slab over a chunk again and keep every state and decay."""
     read = b.reshape(b.size)
@@ -129,7 +123,6 @@ def _replay(walk, A, E, X, dT, b, first, T, d, W, N):
 
 
 @compile_loop
-@no_type_check
 def _pull(dS, A, dA, walk, E, X, dT, dY, b, c, by_b, by_c, first, T, d, W, N):
     """Run a slab of dS back over a chunk; X turns into dx and dT into d dt."""
     zero = spread(np.zeros(1, X.dtype), 0)
@@ -155,7 +148,6 @@ def _pull(dS, A, dA, walk, E, X, dT, dY, b, c, by_b, by_c, first, T, d, W, N):
 
 
 @compile_loop
-@no_type_check
 def _gather(x, s, first, T, into, W):
     _, L, D = x.shape
     flat = x.reshape(x.size)
@@ -165,7 +157,6 @@ def _gather(x, s, first, T, into, W):
 
 
 @compile_loop
-@no_type_check
 def _scatter(x, W, into, s, first, T):
     _, L, D = into.shape
     flat = into.reshape(into.size)

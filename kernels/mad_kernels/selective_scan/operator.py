@@ -9,12 +9,19 @@ Legend: D channels, N state width.
 from jaxtyping import Float
 from torch import Tensor
 
-from mad_kernels.checks import check_tensors, working_dtype
-from mad_kernels.dispatch import choose_backend, obstacle_to_triton, runs_compiled_loops
+from mad_kernels.checks import check_tensors
+from mad_kernels.dispatch import run_backend
 from mad_kernels.selective_scan.compiled import selective_scan_compiled
 from mad_kernels.selective_scan.reference import selective_scan_reference, selective_scan_token
 
-BACKENDS = ("numba", "reference", "triton")
+
+def _triton(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    from mad_kernels.selective_scan.triton import selective_scan_triton  # triton only where it is used
+
+    return selective_scan_triton(*tensors)
+
+
+BACKENDS = {"reference": selective_scan_reference, "numba": selective_scan_compiled, "triton": _triton}
 
 
 def selective_scan(
@@ -47,35 +54,16 @@ def selective_scan(
     Raises:
         ValueError: If shapes, dtypes, devices or `backend` do not fit.
     """
-    sizes = check_tensors(
-        "selective_scan",
-        {
-            "x": (x, "B L D"),
-            "dt": (dt, "B L D"),
-            "a": (a, "D N"),
-            "b": (b, "B L N"),
-            "c": (c, "B L N"),
-            "initial_state": (initial_state, "B D N"),
-        },
-    )
-    automatic = "numba" if runs_compiled_loops(x) else "reference"
-    obstacle = obstacle_to_triton(x, sizes["N"], otherwise="reference")
-    if x.is_cuda and obstacle is None:
-        automatic = "triton"
-    options = {"automatic": automatic, "like": x, "obstacle": obstacle}
-    chosen = choose_backend("selective_scan", backend, BACKENDS, **options)
-    state = initial_state
-    if state is None:
-        shape = [sizes[axis] for axis in ("B", "D", "N")]
-        state = x.new_zeros(shape, dtype=working_dtype(x))
-    if chosen == "reference":
-        y, final = selective_scan_reference(x, dt, a, b, c, state)
-    elif chosen == "triton":
-        from mad_kernels.selective_scan.triton import selective_scan_triton  # only where it is used
-
-        y, final = selective_scan_triton(x, dt, a, b, c, state)
-    else:
-        y, final = selective_scan_compiled(x, dt, a, b, c, state)
+    given = {
+        "x": (x, "B L D"),
+        "dt": (dt, "B L D"),
+        "a": (a, "D N"),
+        "b": (b, "B L N"),
+        "c": (c, "B L N"),
+        "initial_state": (initial_state, "B D N"),
+    }
+    sizes = check_tensors("selective_scan", given)
+    y, final = run_backend("selective_scan", BACKENDS, backend, given, sizes, like="x", widths="N")
     return y, final if output_final_state else None
 
 

@@ -31,7 +31,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from mad_kernels.blocks import readable, with_gradients, writable
+from mad_kernels.blocks import interpreted, readable, writable
+from mad_kernels.custom_ops import with_gradients
 
 # Fixed, so that no run depends on a timing.
 CHUNK = 8  # tokens
@@ -48,8 +49,7 @@ def selective_scan_triton(
     state: Float[Tensor, "B D N"],
 ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B D N"]]:
     """Scan all tokens on a GPU; arguments as in `selective_scan`, already checked."""
-    y, final, _ = _run(x, dt, a[None], b, c, state)
-    return y, final
+    return _run(x, dt, a[None], b, c, state)
 
 
 @no_type_check  # sizes are symbols while torch.compile traces
@@ -59,16 +59,14 @@ def sizes_of(D: int, N: int) -> tuple[int, int]:
     return min(max(1, STATES // BN), 1 << (D - 1).bit_length()), BN
 
 
-@torch.library.custom_op("mad_kernels::selective_scan_triton_forward", mutates_args=())
 @no_type_check
-def _forward(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x, dt, a, b, c, state, save):
     B, L, D = x.shape
     N = b.shape[-1]
-    y, final, states = _room(x, dt, a, b, c, state, save)
+    y, final, states = _allocate(x, dt, a, b, c, state, save)
     if 0 in (B, D, N):
-        return y.zero_().to(x.dtype), final, states
+        return y.zero_(), final, states
+    y = writable(x, *y.shape, dtype=x.dtype) if interpreted() else y
     BD, BN = sizes_of(D, N)
     with torch.cuda.device_of(x):
         forward_kernel[(B, triton.cdiv(D, BD))](
@@ -84,36 +82,15 @@ def _forward(
     return y.to(x.dtype), final, states
 
 
-@_forward.register_fake
-@no_type_check
-def _forward_fake(x, dt, a, b, c, state, save):
-    y, *others = _room(x, dt, a, b, c, state, save)
-    return y.to(x.dtype), *others
-
-
-@no_type_check
-def _room(x, dt, a, b, c, state, save):
+@no_type_check  # sizes are symbols while torch.compile traces
+def _allocate(x, dt, a, b, c, state, save):
+    """Make room for y, final and the states before each chunk."""
     (B, L, D), N = x.shape, b.shape[-1]
-    return (
-        writable(x, B, L, D, dtype=x.dtype),
-        writable(x, B, D, N),
-        writable(x, B, -(-L // CHUNK) if save else 0, D, N),
-    )
+    return (x.new_empty(B, L, D), writable(x, B, D, N), writable(x, B, -(-L // CHUNK) if save else 0, D, N))
 
 
-@torch.library.custom_op("mad_kernels::selective_scan_triton_backward", mutates_args=())
 @no_type_check
-def _backward(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    state: Tensor,
-    states: Tensor,
-    d_y: Tensor | None,
-    d_final: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(x, dt, a, b, c, state, states, d_y, d_final):
     (B, L, D), (W, _, N) = x.shape, a.shape
     inputs = (x, dt, a, b, c, state)
     if 0 in (B, L, D, N):
@@ -142,13 +119,13 @@ def _backward(
     return tuple(grad.to(z.dtype) for grad, z in zip(grads, inputs, strict=True))
 
 
-@_backward.register_fake
-@no_type_check
-def _backward_fake(x, dt, a, b, c, state, states, d_y, d_final):
-    return tuple(z.new_empty(z.shape) for z in (x, dt, a, b, c, state))
-
-
-_run = with_gradients("selective_scan", _forward, _backward, keeps=True)
+_run = with_gradients(
+    *("selective_scan", "triton", "x dt a b c state"),
+    forward=_forward,
+    backward=_backward,
+    allocate=_allocate,
+    kept=(0,),
+)
 
 
 @triton.jit(do_not_specialize=["share", "L"])

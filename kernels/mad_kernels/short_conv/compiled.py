@@ -5,7 +5,6 @@ for the backward.
 """
 
 from collections.abc import Sequence
-from typing import no_type_check
 
 import numpy as np
 import torch
@@ -34,30 +33,27 @@ def short_conv_compiled(
     return _ShortConv.apply(x, weight, bias, state, activation == "silu", tuple(widths), dtype)
 
 
-@no_type_check
 def _forward(x, weight, bias, state, silu, widths, dtype):
     from mad_kernels.short_conv import loops  # brings numba, which takes its time
 
     parts = tuple(x.new_empty(*x.shape[:2], width, dtype=dtype) for width in widths)
     if x.numel():
-        given = _given(x, weight, bias, state, widths)
-        loops.forward(*given[:-1], silu, x.shape[1], given[-1], tuple(map(array, parts)))
+        *given, sizes = _given(x, weight, bias, state, widths)
+        loops.forward(*given, silu, x.shape[1], sizes, tuple(map(array, parts)))
     return parts
 
 
-@no_type_check
 def _backward(x, weight, bias, state, silu, widths, *d_parts):
     from mad_kernels.short_conv import loops
 
     dx, d_state = x.new_empty(x.shape), state.new_zeros(state.mT.shape)
-    *given, sizes = _given(x, weight, bias, state, widths)
-    taps, zeros = given[3], given[4]
+    rows, step, before, taps, zeros, sizes = _given(x, weight, bias, state, widths)
     d_taps, d_bias = (x.new_zeros(z.size, dtype=working_dtype(x)) for z in (taps, zeros))
     if x.numel():
         arrays, steps = zip(*map(lines, _alike(d_parts)), strict=True)
         gradients = (arrays, np.array(steps), constants(x, 1.0))
         results = (array(dx), *map(array, (d_state, d_taps, d_bias)))
-        loops.backward(*given, silu, x.shape[1], sizes, *gradients, *results)
+        loops.backward(rows, step, before, taps, zeros, silu, x.shape[1], sizes, *gradients, *results)
     D, K = weight.shape
     d_weight = d_taps.view(K, -1)[:, :D].mT.to(weight.dtype)
     d_bias = None if bias is None else d_bias[:D].to(bias.dtype)
@@ -69,19 +65,16 @@ _pull = first_order_only(_backward, "short_conv")
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    @no_type_check
     def forward(ctx, x, weight, bias, state, silu, widths, dtype):
         ctx.save_for_backward(x, weight, bias, state)
         ctx.silu, ctx.widths = silu, widths
         return _forward(x, weight, bias, state, silu, widths, dtype)
 
     @staticmethod
-    @no_type_check
     def backward(ctx, *d_parts):
         return *_pull(*ctx.saved_tensors, ctx.silu, ctx.widths, *d_parts), None, None, None
 
 
-@no_type_check
 def _given(x, weight, bias, state, widths):
     """Give x, its step, state, taps, bias and widths as the loops read them."""
     taps = np.concatenate([padded(tap, x) for tap in weight.detach().unbind(1)])

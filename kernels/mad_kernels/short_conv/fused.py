@@ -11,8 +11,6 @@ the library's own takes three to four times as long in bfloat16, and no less in 
 Source: arXiv 2312.00752, the convolution before the state space.
 """
 
-from typing import no_type_check
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -37,7 +35,6 @@ def short_conv_fused(
     return silu(z) if activation == "silu" else z, final
 
 
-@no_type_check
 def _backward(line, weight, bias, dz):
     L, K = dz.shape[1], weight.shape[1]
     d_line = _convolve(pad(dz, (0, 0, K - 1, K - 1)), weight.flip(-1).to(dz.dtype), None)
@@ -53,17 +50,14 @@ class _ShortConv(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @no_type_check
     def forward(line, weight, bias):
         return _convolve(line, weight.to(line.dtype), None if bias is None else bias.to(line.dtype))
 
     @staticmethod
-    @no_type_check
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @no_type_check
     def backward(ctx, dz):
         return _pull(*ctx.saved_tensors, dz)
 

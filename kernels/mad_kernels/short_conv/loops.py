@@ -11,8 +11,6 @@ Shares of d taps are added per sequence. Outputs may be cut along the channels: 
 Legend: W channels, filled up to whole vectors; `step` the distance between tokens in memory.
 """
 
-from typing import no_type_check
-
 import numpy as np
 
 from mad_kernels.lanes import (
@@ -33,7 +31,6 @@ from mad_kernels.lanes import (
 
 
 @compile_loop
-@no_type_check
 def forward(x, step, state, taps, bias, silu, L, widths, parts):
     """Fill `parts`, arrays of B L rows each.
 
@@ -69,7 +66,6 @@ def forward(x, step, state, taps, bias, silu, L, widths, parts):
 
 
 @compile_loop
-@no_type_check
 def backward(x, step, state, taps, bias, silu, L, widths, d_parts, steps, ones, dx, d_state, d_taps, d_bias):
     """Fill `dx`, `d_state`, and add to `d_taps` and `d_bias`, all zeros.
 
@@ -130,7 +126,6 @@ def backward(x, step, state, taps, bias, silu, L, widths, d_parts, steps, ones, 
 
 
 @compile_loop
-@no_type_check
 def widen(x, at, width, into, place):
     """Copy numbers into scratch, in its own type."""
     for j in range(0, width, LANES):
@@ -138,7 +133,6 @@ def widen(x, at, width, into, place):
 
 
 @compile_loop
-@no_type_check
 def convolved(ring, places, taps, bias, j):
     """Give z of the 32 channels from j on."""
     z = load(bias, j)

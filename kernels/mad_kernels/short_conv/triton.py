@@ -21,7 +21,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from mad_kernels.blocks import readable, with_gradients, writable
+from mad_kernels.blocks import readable, writable
+from mad_kernels.custom_ops import with_gradients
 
 # Fixed, so that no run depends on a timing.
 TOKENS, CHANNELS, WARPS = 32, 64, 4
@@ -36,13 +37,11 @@ def short_conv_triton(
 ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B D K-1"]]:
     """Convolve all tokens on a GPU; arguments as in `short_conv`, already checked."""
     shared = None if bias is None else bias[None]
-    y, final = _run(x, weight[None], shared, state, activation == "silu")
-    return y, final
+    return _run(x, weight[None], shared, state, activation == "silu")
 
 
-@torch.library.custom_op("mad_kernels::short_conv_triton_forward", mutates_args=())
 @no_type_check
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+def _forward(x, weight, bias, state, silu):
     (B, L, D), (W, _, K) = x.shape, weight.shape
     y = writable(x, B, L, D, dtype=x.dtype)
     first = max(0, L - (K - 1))
@@ -63,23 +62,13 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu
     return y.to(x.dtype), final
 
 
-@_forward.register_fake
-@no_type_check
-def _forward_fake(x, weight, bias, state, silu):
+@no_type_check  # sizes are symbols while torch.compile traces
+def _allocate(x, weight, bias, state, silu):
     return x.new_empty(x.shape), x.new_empty(state.shape)
 
 
-@torch.library.custom_op("mad_kernels::short_conv_triton_backward", mutates_args=())
 @no_type_check
-def _backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    d_y: Tensor | None,
-    d_final: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(x, weight, bias, state, d_y, d_final, silu):
     (B, L, D), (W, _, K) = x.shape, weight.shape
     exact = torch.float32 if d_final is not None else None  # where more is added to it
     d_x, d_state = (writable(x, *z.shape, dtype=exact or z.dtype) for z in (x, state))
@@ -103,20 +92,16 @@ def _backward(
         d_x[:, L - kept :] += d_final[:, :, K - 1 - kept :].mT
         d_state[:, :, L:] += d_final[:, :, : max(0, K - 1 - L)]
     d_weight, d_bias = (z.unflatten(0, (W, B // W)).sum((1, 2)) for z in (d_weight, d_bias))
-    d_bias = x.new_empty(W, 0) if bias is None else d_bias.to(bias.dtype)
+    d_bias = x.new_empty(B, 0) if bias is None else d_bias.to(bias.dtype)
     return d_x.to(x.dtype), d_weight.to(weight.dtype), d_bias, d_state.to(state.dtype)
 
 
-@_backward.register_fake
-@no_type_check
-def _backward_fake(x, weight, bias, state, d_y, d_final, silu):
-    empty = x.new_empty(weight.shape[0], 0)
-    d_bias = empty if bias is None else bias.new_empty(bias.shape)
-    d_x, d_weight, d_state = (z.new_empty(z.shape) for z in (x, weight, state))
-    return d_x, d_weight, d_bias, d_state
-
-
-_run = with_gradients("short_conv", _forward, _backward, keeps=False)
+_run = with_gradients(
+    *("short_conv", "triton", "x weight bias? state", "bool silu"),
+    forward=_forward,
+    backward=_backward,
+    allocate=_allocate,
+)
 
 
 @no_type_check

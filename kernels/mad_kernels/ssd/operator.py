@@ -9,13 +9,12 @@ Legend: P head width, G groups of H/G neighbouring heads that share b and c, N s
 from jaxtyping import Float
 from torch import Tensor
 
-from mad_kernels.checks import check_chunk, check_tensors, working_dtype
-from mad_kernels.dispatch import choose_backend, obstacle_to_triton, runs_compiled_loops
-from mad_kernels.ssd.chunked import ssd_chunked
-from mad_kernels.ssd.compiled import ssd_compiled
+from mad_kernels.checks import check_tensors
+from mad_kernels.dispatch import run_backend
+from mad_kernels.ssd.as_delta_rule import ssd_chunked, ssd_compiled, ssd_triton
 from mad_kernels.ssd.reference import ssd_reference, ssd_token
 
-BACKENDS = ("chunked", "numba", "reference", "triton")
+BACKENDS = {"chunked": ssd_chunked, "numba": ssd_compiled, "reference": ssd_reference, "triton": ssd_triton}
 
 
 def ssd(
@@ -52,40 +51,18 @@ def ssd(
     Raises:
         ValueError: If shapes, dtypes, devices, groups, `chunk` or `backend` do not fit.
     """
-    sizes = check_tensors(
-        "ssd",
-        {
-            "x": (x, "B L H P"),
-            "dt": (dt, "B L H"),
-            "a": (a, "H"),
-            "b": (b, "B L G N"),
-            "c": (c, "B L G N"),
-            "initial_state": (initial_state, "B H N P"),
-        },
-    )
+    given = {
+        "x": (x, "B L H P"),
+        "dt": (dt, "B L H"),
+        "a": (a, "H"),
+        "b": (b, "B L G N"),
+        "c": (c, "B L G N"),
+        "initial_state": (initial_state, "B H N P"),
+    }
+    sizes = check_tensors("ssd", given)
     _check_groups("ssd", sizes)
-    if chunk is not None:
-        check_chunk("ssd", chunk)
-    automatic = "numba" if runs_compiled_loops(x, opaque=True) else "chunked"
-    obstacle = obstacle_to_triton(x, sizes["N"], sizes["P"])
-    if x.is_cuda and obstacle is None:
-        automatic = "triton"
-    options = {"automatic": automatic, "like": x, "obstacle": obstacle}
-    chosen = choose_backend("ssd", backend, BACKENDS, **options)
-    state = initial_state
-    if state is None:
-        shape = [sizes[axis] for axis in ("B", "H", "N", "P")]
-        state = x.new_zeros(shape, dtype=working_dtype(x))
-    if chosen == "reference":
-        y, final = ssd_reference(x, dt, a, b, c, state)
-    elif chosen == "triton":
-        from mad_kernels.ssd.triton import ssd_triton  # triton only where it is used
-
-        y, final = ssd_triton(x, dt, a, b, c, state)
-    elif chosen == "numba":
-        y, final = ssd_compiled(x, dt, a, b, c, state, chunk)
-    else:
-        y, final = ssd_chunked(x, dt, a, b, c, state, chunk)
+    options = {"like": "x", "widths": "N P", "chunk": chunk}
+    y, final = run_backend("ssd", BACKENDS, backend, given, sizes, **options)
     return y, final if output_final_state else None
 
 
