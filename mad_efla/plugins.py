@@ -120,6 +120,8 @@ def _import(name: str, kind: str, contract: type | tuple[type, ...]) -> type:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{kind} {name!r}: {error}; write it as package.module:Name, importable from here") from error
+    except Exception as error:  # whatever the module does while it is imported
+        raise ConfigError(f"{kind} {name!r}: importing it raises {type(error).__name__}: {error}; mend it") from error
     if not (inspect.isclass(found) and issubclass(found, contract)):
         bases = contract if isinstance(contract, tuple) else (contract,)
         wanted = " or ".join(base.__name__ for base in bases)

@@ -303,7 +303,7 @@ def _record(found: "Sweep", out: Path) -> "SweepRecord":
         plan=found.plan,
         protocol=found.protocol,
         about=found.about,
-        command=shlex.join(["mad-efla", *sys.argv[1:]]),
+        command=shlex.join(["mad-efla", *sys.argv[1:]]).encode("utf-8", "replace").decode(),  # names may be any bytes
         fingerprints=fingerprints,
         planned=() if found.search else tuple(planned(r, chooses=r.seed in found.choosing) for r in found.runs),
         started=known[found.id].started if found.id in known else now(),

@@ -98,7 +98,7 @@ def write(out: Path, to: Path) -> list[Path]:
     chapters = [_chapter(part, pictures, i) for i, part in enumerate(parts)]
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(Path(__file__).with_name("report.html").read_text())
+    ).from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     page = template.render(chapters=chapters, about=_about(parts), html=renderers.html)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)

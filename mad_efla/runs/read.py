@@ -4,6 +4,7 @@ Runs are read by way of the sweeps that name them, since labels come from the sw
 and since a run whose folder is gone was planned all the same. Nothing is written or renamed.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from mad_efla.plan.run import RunConfig
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.schema import Planned, Result, SweepRecord, planned
 from mad_efla.runs.sweeps import read_sweeps
+
+_log = logging.getLogger(__name__)
 
 
 class Unreadable(NamedTuple):
@@ -52,10 +55,11 @@ class Group(NamedTuple):
 
 
 def load(*places: Path) -> list[Group]:
-    """Read every run that the sweeps in some folders are made of.
+    """Read every run that the sweeps in some folders are made of; what cannot be read is logged, too.
 
     Args:
-        places: Folders of run folders. A run that lies in several counts once, as the first has it.
+        places: Folders of run folders. A run that lies in several counts once, as the first has it
+            that has its result.
 
     Returns:
         A group for every plan and protocol, by name.
@@ -63,14 +67,20 @@ def load(*places: Path) -> list[Group]:
     Raises:
         ConfigError: There is no sweep.
     """
-    records = [(record, out) for out in places for record in read_sweeps(out)]
+    problems: list[str] = []
+    records = [(record, out) for out in places for record in read_sweeps(out, problems)]
     if not records:
         named = ", ".join(map(str, places))
         raise ConfigError(f"{named}: holds no sweep; run `mad-efla sweep` first, or name its folder")
     found: dict[tuple[str, str], list[tuple[SweepRecord, Path]]] = {}
     for record, out in records:
         found.setdefault((record.plan, record.protocol), []).append((record, out))
-    return [_group(*key, found[key]) for key in sorted(found)]
+    groups = [_group(*key, found[key]) for key in sorted(found)]
+    for path, reason in dict.fromkeys(bad for group in groups for bad in group.unreadable):
+        problems.append(reason if str(path) in reason else f"{path}: {reason}")
+    for problem in problems:
+        _log.warning("left out: %s", problem)
+    return groups
 
 
 def of_record(record: SweepRecord, out: Path) -> Group:
@@ -96,12 +106,13 @@ def of_runs(runs: Iterable[RunConfig], results: dict[str, Result], *, choosing: 
 
 def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, Path]]) -> Group:
     group = Group(plan, protocol, [record for record, _ in records], [], {}, {}, {}, [])
+    problems: dict[str, list[Unreadable]] = {}
     seen: dict[str, int] = {}
     for record, out in records:
         known = {p.fingerprint: p for p in record.planned}
         for fingerprint in record.fingerprints:
-            if fingerprint not in group.folders or fingerprint not in group.runs:
-                _read(group, RunFolder(out, fingerprint), known.get(fingerprint))
+            if fingerprint not in group.results:
+                _read(group, RunFolder(out, fingerprint), known.get(fingerprint), problems)
             entry = known.get(fingerprint)
             if entry is None and fingerprint in group.runs:
                 entry = planned(group.runs[fingerprint])
@@ -113,23 +124,30 @@ def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, Path]]) ->
             elif not entry.chooses:  # one sweep's choosing seed may be another's measured one
                 at = seen[fingerprint]
                 group.planned[at] = group.planned[at].model_copy(update={"chooses": False})
+    group.unreadable.extend(dict.fromkeys(bad for found in problems.values() for bad in found))
     return group
 
 
-def _read(group: Group, folder: RunFolder, entry: Planned | None) -> None:
-    """Read one run into a group, or note why it cannot be read; a folder may be gone."""
-    group.folders[folder.fingerprint] = folder
+def _read(group: Group, folder: RunFolder, entry: Planned | None, problems: dict[str, list[Unreadable]]) -> None:
+    """Read one run into a group, or note why it cannot be read; a folder may be gone.
+
+    A run that was read from another folder stays as it is, unless this folder has its result.
+    """
+    fingerprint = folder.fingerprint
+    group.folders.setdefault(fingerprint, folder)
     if not folder.path.exists():
         return
     try:
         run = folder.run()
         result = folder.result()
     except ConfigError as error:
-        group.unreadable.append(Unreadable(folder.path, str(error)))
+        if fingerprint not in group.runs:
+            problems.setdefault(fingerprint, []).append(Unreadable(folder.path, str(error)))
         return
-    if entry:
-        run = run.model_copy(update={"setting": entry.setting})
-    group.runs[folder.fingerprint] = run
+    if fingerprint in group.runs and not result:
+        return
+    group.folders[fingerprint] = folder
+    group.runs[fingerprint] = run.model_copy(update={"setting": entry.setting}) if entry else run
     if result:
-        group.results[folder.fingerprint] = result
-    group.unreadable.extend(Unreadable(folder.path, note) for note in folder.notes)
+        group.results[fingerprint] = result
+    problems[fingerprint] = [Unreadable(folder.path, note) for note in folder.notes]

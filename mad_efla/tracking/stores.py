@@ -114,7 +114,7 @@ def exclusive(uri: str, out: Path, deadline: float) -> Iterator[None]:
     path = sqlite_path(uri)
     folder = path.parent if path else out
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / (f".{path.name}.lock" if path else ".mlflow.lock")).open("a") as file:
+    with (folder / (f".{path.name}.lock" if path else ".mlflow.lock")).open("ab") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,7 +129,7 @@ def exclusive(uri: str, out: Path, deadline: float) -> Iterator[None]:
 def live(out: Path, sweep: str) -> Iterator[None]:
     """Show other processes that this sweep goes on, by a lock that dies with this one."""
     (out / "sweeps").mkdir(parents=True, exist_ok=True)
-    with (out / "sweeps" / f"{sweep}.lock").open("a") as file:
+    with (out / "sweeps" / f"{sweep}.lock").open("ab") as file:
         with contextlib.suppress(BlockingIOError):  # somebody is just asking
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
@@ -140,7 +140,7 @@ def is_live(out: Path, sweep: str) -> bool:
     path = out / "sweeps" / f"{sweep}.lock"
     if not path.exists():
         return False
-    with path.open("a") as file:
+    with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
