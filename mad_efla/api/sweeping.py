@@ -153,7 +153,7 @@ def record(sweep: Sweep, out: Path) -> SweepRecord:
         plan=sweep.plan,
         protocol=sweep.protocol,
         about=sweep.about,
-        command=shlex.join(["mad-efla", *sys.argv[1:]]),
+        command=shlex.join(["mad-efla", *sys.argv[1:]]).encode("utf-8", "replace").decode(),  # names may be any bytes
         fingerprints=fingerprints,
         planned=() if sweep.search else named(sweep),
         started=known[sweep.id].started if sweep.id in known else now(),

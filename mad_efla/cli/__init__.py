@@ -3,6 +3,7 @@
 Exit status: 0 everything is done, 1 some run failed, 2 wrong usage, 130 interrupted.
 """
 
+import io
 import os
 import sys
 
@@ -16,7 +17,17 @@ from mad_efla.cli.sweeps import logs, status, sweep
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; what the terminal's encoding cannot show is replaced by `?`.
+
+    Where the locale's encoding is not UTF-8 the interpreter starts once more in its UTF-8 mode, since
+    names of files and words of the command would be no text otherwise.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     cli()
 
 

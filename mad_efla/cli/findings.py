@@ -74,8 +74,9 @@ def results(runs: Path, into: Path | None, readings: Path | None) -> None:
     if into is None:
         click.echo(results.into(found), nl=False)
         return
-    previous = into.read_text(encoding="utf-8") if into.exists() else ""
-    write_bytes(into, results.into(found, previous).encode())
+    # Decoded so that every byte, of whichever encoding and line ends, comes back as it was.
+    previous = into.read_bytes().decode("utf-8", "surrogateescape") if into.exists() else ""
+    write_bytes(into, results.into(found, previous).encode("utf-8", "surrogateescape"))
 
 
 @click.command()
@@ -101,8 +102,11 @@ def report(runs: Path, to: Path | None) -> None:
     mad-efla report runs --to recall.html
     """
     from mad_efla.reporting import report
+    from mad_efla.runs.files import ensure_writable
 
-    written = report.write(runs, to or runs / "report" / "index.html")
+    to = to or runs / "report" / "index.html"
+    ensure_writable(to.parent, "--to")
+    written = report.write(runs, to)
     click.echo(written[0])
 
 
@@ -164,8 +168,18 @@ def spectrum(
 
     named = [status.find(out, run) for run in (*filter(None, [against]), *runs)]
     folders = list({folder.fingerprint: folder for folder in named}.values())
-    names = spectra.names([folder.run() for folder in folders])
-    found = {name: spectra.diagnose(folder, examples, seed) for name, folder in zip(names, folders, strict=True)}
+    looked = []
+    for folder in folders:
+        try:
+            looked.append((folder, spectra.diagnose(folder, examples, seed)))
+        except ConfigError as error:
+            if len(folders) == 1 or (against and folder is folders[0]):
+                raise
+            click.echo(f"left out: {error}", err=True)
+    if len(looked) <= bool(against):
+        raise ConfigError(f"{' '.join(runs)}: none of them can be looked at")
+    names = spectra.names([folder.run() for folder, _ in looked])
+    found = {name: diagnosis for name, (_, diagnosis) in zip(names, looked, strict=True)}
     drawn = spectra.figures(found)
     scalars = {name: diagnosis.scalars() for name, diagnosis in found.items()}
     table = tables.spectra(scalars, names[0] if against else None)
@@ -174,7 +188,7 @@ def spectrum(
         for path in figures.save(figure, to / name):
             click.echo(path)
     if log:
-        _log_figures(list(zip(folders, found.values(), strict=True)), out, tracking_uri)
+        _log_figures(looked, out, tracking_uri)
 
 
 def _log_figures(looked: "list[tuple[RunFolder, Diagnosis]]", out: Path, tracking_uri: str | None) -> None:
@@ -254,9 +268,18 @@ def causes(
 
     arms = causes.choose(runs, plan, mixers, setting)
     parts = [tuple(name.strip() for name in group.split("+")) for group in groups]
-    found = [causes.account(runs, arm, corruption, severity, groups=parts, examples=examples) for arm in arms]
+    found, problems = [], []
+    for arm in arms:
+        try:
+            found.append(causes.account(runs, arm, corruption, severity, groups=parts, examples=examples))
+        except ConfigError as error:
+            problems.append(str(error))
+    if not found:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
     for table in tables.accounts(found):
         terminal.show(table)
+    for problem in (*problems, *(why for account in found for why in account.left_out)):
+        click.echo(f"left out: {problem}", err=True)
     drawn = {f"{corruption}-states": robustness.states(found)}
     if any(account.blames for account in found):
         drawn[f"{corruption}-blame"] = robustness.blame(found)

@@ -72,7 +72,7 @@ def perform(
     deadline: float = math.inf,
     limits: Limits = NO_LIMITS,
 ) -> None:
-    """Like `execute`, for a queue that may grow."""
+    """Make runs until none is left; like `execute`, for a queue that may grow."""
     about = machine.environment(device)
     try:
         if workers == 0:

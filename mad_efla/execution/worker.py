@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -90,10 +89,10 @@ def _serve(
             pruned.clear()
             folder = RunFolder(out, text)
             try:
-                with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
+                with (folder.path / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
                     began = functools.partial(pipe.send, "began")
                     made = attempt(folder, device, about, lambda: bool(asked), limits, verdict, began, wait=False)
                 pipe.send("ended" if made else "elsewhere")
             except OSError as error:  # not even the failure could be written
                 pipe.send(error)
-    os._exit(0)  # the interpreter would take a while to say goodbye
+    processes.end()

@@ -1,6 +1,5 @@
 """The figures of sweeps, drawn in a process of its own: its end gives their memory back."""
 
-import os
 import signal
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -46,4 +45,4 @@ def _draw(environment: dict[str, str], pipe: Connection, out: Path, records: lis
         except Exception as error:  # a plug-in's dynamics, a full disk
             pipe.send(f"{record.task}, plan {record.plan}: not all is drawn: {error!r}")
     pipe.close()
-    os._exit(0)  # the interpreter would take a while to say goodbye
+    processes.end()

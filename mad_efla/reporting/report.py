@@ -48,7 +48,7 @@ def write(out: Path, to: Path) -> list[Path]:
     shown = [(chapter, _filled(chapter, drawer)) for chapter in found]
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(Path(__file__).with_name("report.html").read_text())
+    ).from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     page = template.render(chapters=shown, about=_about(found), html=renderers.html)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -45,13 +45,13 @@ def into(found: dict[str, str], previous: str = "") -> str:
     text = previous or _HEAD
     for plan, section in sorted(found.items()):
         section = section.strip() + "\n"
-        heading = re.compile(rf"^## {re.escape(plan)}[ \t]*$", re.M)
+        heading = re.compile(rf"^## {re.escape(plan)}[ \t\r]*$", re.M)
         start = next((m for m in heading.finditer(text) if not _in_code(text, m.start())), None)
         if start is None:
             gap = "\n" if text.endswith("\n") else "\n\n"
             text += gap + section
             continue
-        ends = re.compile(r"^#{1,2} ", re.M).finditer(text, start.end())
+        ends = re.compile(r"^(?:#{1,2}\s|[^\s>|].*\n=+[ \t\r]*$)", re.M).finditer(text, start.end())
         end = next((m.start() for m in ends if not _in_code(text, m.start())), len(text))
         rest = text[end:]
         text = text[: start.start()] + section + ("\n" + rest if rest else "")

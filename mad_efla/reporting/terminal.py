@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.text import Text
 
+from mad_efla.config import ConfigError
 from mad_efla.execution.costs import Costs
 from mad_efla.plan.run import RunConfig
 from mad_efla.reporting import renderers
@@ -106,7 +107,7 @@ def standing(found: Standing) -> list[str]:
         lines.append(f"  running: {run.fingerprint} {name(run)}: {step}")
     for run, failed in found.failed:
         lines.append(f"  failed: {run.fingerprint} {name(run)}: {failed.reason}")
-    return lines
+    return lines + [f"  unreadable: {note}" for note in found.unreadable]
 
 
 def left(found: list[Standing], costs: Costs) -> str:
@@ -132,14 +133,18 @@ def left(found: list[Standing], costs: Costs) -> str:
 
 def log(folder: RunFolder) -> list[str]:
     """Return what a run has logged, and how it ended."""
-    run, result, failed = folder.run(), folder.result(), folder.failure()
-    lines = [f"{folder.fingerprint} {name(run)}: {folder.status()}"]
+    result, failed = folder.result(), folder.failure()
+    try:
+        lines = [f"{folder.fingerprint} {name(folder.run())}: {folder.status()}"]
+    except ConfigError as error:
+        lines = [f"{folder.fingerprint}: {folder.status()}", f"unreadable: {error}"]
+    lines += [f"unreadable: {note}" for note in folder.notes]
     for row in folder.rows()[0]:
         figures = " ".join(f"{key}={value:.5g}" for key, value in row.metrics.items())
         lines.append(f"step {row.step}: {figures}")
     written = folder.path / "log.txt"
     if written.exists():
-        lines += written.read_text(errors="replace").splitlines()
+        lines += written.read_text(encoding="utf-8", errors="replace").splitlines()
     if result and result.test:
         lines.append(f"test accuracy {result.test.token_accuracy:.4f}, loss {result.test.loss:.4f}")
     if result and result.stopped:

@@ -4,6 +4,7 @@ Runs are read by way of the sweeps that name them, since labels come from the sw
 and since a run whose folder is gone was planned all the same. Nothing is written or renamed.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from mad_efla.runs.archive import SUFFIX, Archive, ArchivedRun
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.schema import Planned, Result, SweepRecord, planned
 from mad_efla.runs.sweeps import read_sweeps
+
+_log = logging.getLogger(__name__)
 
 
 class Unreadable(NamedTuple):
@@ -68,10 +71,11 @@ class Group(NamedTuple):
 
 
 def load(*places: Path) -> list[Group]:
-    """Read every run that the sweeps in some folders and archives are made of.
+    """Read every run that the sweeps in some folders and archives are made of; what cannot be read is logged, too.
 
     Args:
-        places: Folders of run folders, and archives. A run that lies in several counts once.
+        places: Folders of run folders, and archives. A run that lies in several counts once, as the
+            first has it that has its result.
 
     Returns:
         A group for every plan and protocol, by name.
@@ -79,14 +83,21 @@ def load(*places: Path) -> list[Group]:
     Raises:
         ConfigError: There is no sweep, or an archive cannot be read.
     """
-    records = [(record, source) for place in places for source in [_source(place)] for record in _records(source)]
+    problems: list[str] = []
+    sources = [_source(place) for place in places]
+    records = [(record, source) for source in sources for record in _records(source, problems)]
     if not records:
         named = ", ".join(map(str, places))
         raise ConfigError(f"{named}: holds no sweep; run `mad-efla sweep` first, or name its folder")
     found: dict[tuple[str, str], list[tuple[SweepRecord, _Source]]] = {}
     for record, source in records:
         found.setdefault((record.plan, record.protocol), []).append((record, source))
-    return [_group(*key, found[key]) for key in sorted(found)]
+    groups = [_group(*key, found[key]) for key in sorted(found)]
+    for path, reason in dict.fromkeys(bad for group in groups for bad in group.unreadable):
+        problems.append(reason if str(path) in reason else f"{path}: {reason}")
+    for problem in problems:
+        _log.warning("left out: %s", problem)
+    return groups
 
 
 def of_record(record: SweepRecord, out: Path, known: Known = NOTHING) -> Group:
@@ -123,8 +134,8 @@ def _source(place: Path) -> _Source:
     return Archive(place) if place.suffix == SUFFIX or place.is_file() else place
 
 
-def _records(source: _Source) -> list[SweepRecord]:
-    return source.records if isinstance(source, Archive) else read_sweeps(source)
+def _records(source: _Source, problems: list[str]) -> list[SweepRecord]:
+    return source.records if isinstance(source, Archive) else read_sweeps(source, problems)
 
 
 def _lies(source: _Source, fingerprint: str) -> RunFolder | ArchivedRun:
@@ -136,12 +147,13 @@ def _lies(source: _Source, fingerprint: str) -> RunFolder | ArchivedRun:
 
 def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, _Source]], known: Known = NOTHING) -> Group:
     group = Group(plan, protocol, [record for record, _ in records], [], {}, {}, {}, [])
+    problems: dict[str, list[Unreadable]] = {}
     seen: dict[str, int] = {}
     for record, source in records:
         named = {p.fingerprint: p for p in record.planned}
         for fingerprint in record.fingerprints:
             if fingerprint not in group.results:  # where it lies in several places, one that has its result
-                _read(group, _lies(source, fingerprint), named.get(fingerprint), known)
+                _read(group, _lies(source, fingerprint), named.get(fingerprint), known, problems)
             entry = named.get(fingerprint)
             if entry is None and fingerprint in group.runs:
                 entry = planned(group.runs[fingerprint])
@@ -153,28 +165,37 @@ def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, _Source]],
             elif not entry.chooses:  # one sweep's choosing seed may be another's measured one
                 at = seen[fingerprint]
                 group.planned[at] = group.planned[at].model_copy(update={"chooses": False})
+    group.unreadable.extend(dict.fromkeys(bad for found in problems.values() for bad in found))
     return group
 
 
-def _read(group: Group, folder: RunFolder | ArchivedRun, entry: Planned | None, known: Known) -> None:
-    """Read one run into a group, or note why it cannot be read; a folder may be gone."""
-    if (folder.fingerprint in group.runs and folder.result() is None) or any(
-        u.path == folder.path for u in group.unreadable
-    ):
-        return
-    group.folders[folder.fingerprint] = folder
-    run = known.runs.get(folder.fingerprint)
+def _read(
+    group: Group,
+    folder: RunFolder | ArchivedRun,
+    entry: Planned | None,
+    known: Known,
+    problems: dict[str, list[Unreadable]],
+) -> None:
+    """Read one run into a group, or note why it cannot be read; a folder may be gone.
+
+    A run that was read from another folder stays as it is, unless this folder has its result.
+    """
+    fingerprint = folder.fingerprint
+    group.folders.setdefault(fingerprint, folder)
+    run = known.runs.get(fingerprint)
     if run is None and not folder.path.exists():
         return
     try:
-        result = known.results.get(folder.fingerprint) if run else folder.result()
+        result = known.results.get(fingerprint) if run else folder.result()
         run = run or folder.run()
     except ConfigError as error:
-        group.unreadable.append(Unreadable(folder.path, str(error)))
+        if fingerprint not in group.runs:
+            problems.setdefault(fingerprint, []).append(Unreadable(folder.path, str(error)))
         return
-    if entry:
-        run = run.model_copy(update={"setting": entry.setting})
-    group.runs[folder.fingerprint] = run
+    if fingerprint in group.runs and not result:
+        return
+    group.folders[fingerprint] = folder
+    group.runs[fingerprint] = run.model_copy(update={"setting": entry.setting}) if entry else run
     if result:
-        group.results[folder.fingerprint] = result
-    group.unreadable.extend(Unreadable(folder.path, note) for note in folder.notes)
+        group.results[fingerprint] = result
+    problems[fingerprint] = [Unreadable(folder.path, note) for note in folder.notes]

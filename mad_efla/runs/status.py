@@ -1,5 +1,6 @@
 """How sweeps stand, read from their folders: from another terminal, or another machine."""
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +9,8 @@ from mad_efla.plan.run import RunConfig
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.schema import Failure, Row, Status, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps
+
+_log = logging.getLogger(__name__)
 
 
 class Standing(NamedTuple):
@@ -20,6 +23,7 @@ class Standing(NamedTuple):
         waiting: Runs that wait for their turn, or for a call that goes on with them.
         running: Runs that some process holds, with the last step they logged.
         failed: Runs that failed, with the reason.
+        unreadable: What cannot be read of its runs, in sentences.
     """
 
     record: SweepRecord
@@ -28,6 +32,7 @@ class Standing(NamedTuple):
     waiting: list[RunConfig]
     running: list[tuple[RunConfig, Row | None]]
     failed: list[tuple[RunConfig, Failure]]
+    unreadable: list[str]
 
 
 def standings(out: Path) -> list[Standing]:
@@ -36,7 +41,10 @@ def standings(out: Path) -> list[Standing]:
     Raises:
         ConfigError: There is none.
     """
-    records = read_sweeps(out)
+    problems: list[str] = []
+    records = read_sweeps(out, problems)
+    for problem in problems:
+        _log.warning("left out: %s", problem)
     if not records:
         raise ConfigError(f"{out}: holds no sweep; run `mad-efla sweep` first, or name its folder")
     return [_standing(record, out) for record in records]
@@ -58,16 +66,21 @@ def find(out: Path, name: str) -> RunFolder:
 
 def _standing(record: SweepRecord, out: Path) -> Standing:
     counts: dict[Status, int] = {}
-    runs, waiting, running, failed = [], [], [], []
+    runs, waiting, running, failed, unreadable = [], [], [], [], []
     for fingerprint in record.fingerprints:
         folder = RunFolder(out, fingerprint)
         status = folder.status()
         counts[status] = counts.get(status, 0) + 1
-        if not (folder.path / "config.json").exists():
+        if not folder.path.exists():
             continue
-        run = folder.run()
-        runs.append(run)
         failure = folder.failure()
+        unreadable += folder.notes
+        try:
+            run = folder.run()
+        except ConfigError as error:
+            unreadable.append(str(error))
+            continue
+        runs.append(run)
         if status == "running":
             rows, _ = folder.rows()
             running.append((run, rows[-1] if rows else None))
@@ -75,4 +88,4 @@ def _standing(record: SweepRecord, out: Path) -> Standing:
             failed.append((run, failure))
         elif status in ("waiting", "interrupted"):
             waiting.append(run)
-    return Standing(record, runs, counts, waiting, running, failed)
+    return Standing(record, runs, counts, waiting, running, failed, unreadable)

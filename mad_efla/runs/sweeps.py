@@ -4,10 +4,7 @@ runs/sweeps/<id>.json    its record
 runs/sweeps/<id>/        what was drawn of it
 """
 
-import contextlib
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from mad_efla.runs.files import write_json
 from mad_efla.runs.schema import SweepRecord
@@ -24,10 +21,19 @@ def sweep_figures(out: Path, identity: str) -> Path:
     return out / "sweeps" / identity
 
 
-def read_sweeps(out: Path) -> list[SweepRecord]:
-    """Read the records of all sweeps under `out`, oldest first; unreadable ones are left out."""
+def read_sweeps(out: Path, problems: list[str] | None = None) -> list[SweepRecord]:
+    """Read the records of all sweeps under `out`, oldest first.
+
+    Args:
+        out: The folder of run folders.
+        problems: Where to note which records cannot be read, and why; they are left out.
+    """
     records = []
-    for path in (out / "sweeps").glob("*.json"):
-        with contextlib.suppress(ValidationError, ValueError):
+    for path in sorted((out / "sweeps").glob("*.json")):
+        try:
             records.append(SweepRecord.model_validate_json(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "is no record of a sweep"
+            if problems is not None:
+                problems.append(f"{path}: {why}; its sweep command writes it again")
     return sorted(records, key=lambda r: (r.started, r.id))

@@ -94,6 +94,7 @@ class Account(NamedTuple):
         scalars: By name, the mean over seeds at each severity; `accuracy` among them.
         clean: Accuracy on the clean test split.
         corrupted: Accuracy at `severity`.
+        left_out: Why runs could not be looked into, in sentences.
         blames: By parts, joined by ` + `: accuracy where they alone are corrupted, and where they
             alone are clean. Empty for a mixer that is not of the delta family.
     """
@@ -106,6 +107,7 @@ class Account(NamedTuple):
     clean: Interval
     corrupted: Interval
     blames: dict[str, tuple[Interval, Interval]]
+    left_out: tuple[str, ...] = ()
 
 
 class Subject(NamedTuple):
@@ -181,22 +183,28 @@ def account(
         examples: Sequences that are diagnosed.
 
     Raises:
-        ConfigError: A run has no weights, or there is no such corruption, severity or part.
+        ConfigError: No run has weights, or there is no such corruption, severity or part.
     """
     groups = list(groups)
     looked: list[list[Level]] = []
     blamed: list[list[Blame]] = []
+    left_out: list[str] = []
     for run in arm.runs:
         folder = RunFolder(out, run.fingerprint)
         if folder.status() == "diverged":
             continue
-        subject = load(folder)
+        try:
+            subject = load(folder)
+        except ConfigError as error:
+            left_out.append(str(error))
+            continue
         looked.append(list(levels(subject, corruption, examples=examples)))
         at = looked[-1][-1].severity if severity is None else severity
         if all(isinstance(mixer, Delta) for mixer in subject.model.mixers):
             blamed.append(list(blame(subject, corruption, at, groups)))
     if not looked:
-        raise ConfigError(f"{arm.mixer}: every run diverged; there is nothing to take apart")
+        why = left_out[0] if left_out else "every run diverged; there is nothing to take apart"
+        raise ConfigError(f"{arm.mixer}: {why}")
     severities = [level.severity for level in looked[0]]
     names = [n for n in looked[0][0].scalars if "/" not in n]
     scalars = {
@@ -218,6 +226,7 @@ def account(
             " + ".join(same[0].parts): (interval([b.alone for b in same]), interval([b.mended for b in same]))
             for same in zip(*blamed, strict=True)
         },
+        left_out=tuple(left_out),
     )
 
 

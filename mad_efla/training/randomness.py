@@ -2,13 +2,14 @@
 
 A layer may draw from torch's generators (dropout), from numpy's or from Python's. All are seeded
 from the run, kept in its checkpoint, and given back as they were found; so is what a layer may
-switch: whether gradients are taken, and the default type. So a run's bits depend neither on the
-process that makes it nor on what ran there before.
+switch, from gradients and the default type to the environment and the working directory. So a run's
+bits depend neither on the process that makes it nor on what ran there before.
 """
 
 import contextlib
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,22 +18,21 @@ import torch
 from mad_efla.training import data
 
 State = dict[str, Any]
+_Switch = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
 @contextlib.contextmanager
 def lent() -> Iterator[None]:
-    """Set the process's switches to their defaults; put them and the generators back afterwards."""
-    before = state()
-    grad, dtype, threads = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+    """Take gradients, in float32 by default; put switches and generators back afterwards."""
+    before, found = state(), [read() for read, _ in _SWITCHES]
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
     try:
         yield
     finally:
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+        for (read, write), value in zip(_SWITCHES, found, strict=True):
+            if read() != value:  # some are slow to set, or leave a trace
+                write(value)
         restore(before)
 
 
@@ -86,3 +86,40 @@ def restore(state: State) -> None:
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
+
+
+def _set_deterministic(mode: int) -> None:
+    torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
+
+
+def _set_default_device(device: torch.device) -> None:
+    torch.set_default_device(None if device == torch.device("cpu") else device)
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def _attribute(of: Any, name: str) -> _Switch:
+    return (lambda: getattr(of, name)), (lambda value: setattr(of, name, value))
+
+
+_SWITCHES: tuple[_Switch, ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, _set_default_device),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_deterministic_debug_mode, _set_deterministic),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    _attribute(torch.backends.mkldnn, "enabled"),
+    _attribute(torch.backends.cudnn, "enabled"),
+    _attribute(torch.backends.cudnn, "benchmark"),
+    _attribute(torch.backends.cudnn, "deterministic"),
+    _attribute(torch.backends.cudnn, "allow_tf32"),
+    (np.geterr, lambda how: np.seterr(**how)),
+    (lambda: dict(os.environ), _set_environment),
+    (os.getcwd, os.chdir),
+)
+"""What a layer could leave changed for whoever comes after it in the process."""

@@ -21,7 +21,7 @@ from tests.runs.test_folder import result
 from tests.tiny import tiny
 
 BROKEN = """
-import glob, os, time
+import glob, multiprocessing, os, time
 import torch
 from mad_efla.mixers.efla import EFLA
 
@@ -59,6 +59,21 @@ class Eats(Broken):
         held = [torch.ones(2**26) for _ in range(8)]
         time.sleep(600)
 
+class StartsProcesses(Broken):
+    def break_down(self):
+        if not os.path.exists(f"started-{os.getpid()}"):
+            open(f"started-{os.getpid()}", "w").close()
+            with multiprocessing.get_context("fork").Pool(2) as pool:  # its end is a SIGTERM to each
+                assert pool.map(abs, [-1, 2]) == [1, 2]
+
+class LeavesProcesses(Broken):
+    def break_down(self):
+        if not os.path.exists("left"):
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+            child.start()
+            with open("left", "w") as file:
+                file.write(str(child.pid))
+
 class CutsData(Broken):
     def break_down(self):
         if not os.path.exists("cut"):
@@ -73,7 +88,7 @@ def plugin(tmp_path, monkeypatch):
     """Write a module of the user's own, importable here and in workers."""
     (tmp_path / "broken.py").write_text(BROKEN)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     yield
     sys.modules.pop("broken", None)
 
@@ -121,6 +136,18 @@ def test_what_goes_wrong_in_a_run_fails_alone_with_its_reason(tmp_path, plugin):
     }
     assert "broken.py" in failures["Raises"].traceback
     assert [name for name, f in failures.items() if f.transient] == ["Kills", "Crashes"]
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_run_may_start_processes_at_any_number_of_workers_and_they_end_with_its_worker(tmp_path, plugin):
+    runs = [broken("StartsProcesses"), broken("LeavesProcesses")]
+    run_all(runs, tmp_path, workers=1)
+    there = [RunFolder(tmp_path / "runs", run.fingerprint) for run in runs]
+    assert [folder.status() for folder in there] == ["finished"] * 2
+    _wait(lambda: not Path(f"/proc/{Path('left').read_text()}").exists())
+    pool.execute(runs[:1], tmp_path / "here", device="cpu", workers=0)
+    here = RunFolder(tmp_path / "here", runs[0].fingerprint).load_model()
+    assert all(torch.equal(here[key], weights) for key, weights in there[0].load_model().items())
 
 
 def test_a_run_that_hangs_is_ended_at_its_limit(tmp_path, plugin, monkeypatch):

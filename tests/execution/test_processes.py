@@ -35,6 +35,42 @@ def test_a_process_has_the_environment_of_its_parent(monkeypatch, value, device)
     assert process.exitcode == 0
 
 
+SHORT_NAMES = """
+import os, pathlib, signal, tempfile
+from mad_efla.config import ConfigError
+from mad_efla.execution import processes
+def said(environment, pipe):
+    processes.begin(environment, signal.SIG_DFL)
+    pipe.send(tempfile.gettempdir())
+if __name__ == "__main__":
+    pipe, theirs = processes.context.Pipe()
+    processes._SHORT = {short}
+    try:
+        process = processes.start(said, theirs)
+        print(pipe.recv(), tempfile.gettempdir())
+        process.join()
+    except ConfigError as error:
+        print(error)
+"""
+
+
+@linux
+def test_a_long_tmpdir_is_used_for_all_but_sockets_and_where_there_is_none_for_them_it_is_said(tmp_path, monkeypatch):
+    long = tmp_path / ("y" * max(94 - len(str(tmp_path)), 1))
+    long.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]))
+
+    def said(short):
+        Path("short_names.py").write_text(SHORT_NAMES.format(short=short))
+        done = subprocess.run([sys.executable, "short_names.py"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert said(list(processes._SHORT)) == f"{long} {long}"
+    assert "set TMPDIR to a shorter folder, or use --workers 0" in said([])
+
+
 @pytest.fixture
 def driver(tmp_path):
     """A sweep of two long runs, both under way, in a process group of its own."""

@@ -18,7 +18,7 @@ from mad_efla import spectrum
 from mad_efla.analysis.cells import Cell, cells
 from mad_efla.reporting.figures import spectra, style, sweeps
 from mad_efla.runs.archive import ArchivedRun
-from mad_efla.runs.files import write_bytes, write_json
+from mad_efla.runs.files import read_json, write_bytes, write_json
 from mad_efla.runs.folder import RunFolder
 from mad_efla.runs.read import of_record
 from mad_efla.runs.schema import SweepRecord
@@ -44,7 +44,7 @@ def of_sweep(out: Path, record: SweepRecord) -> list[Path]:
     written = [_write(to, _leaderboard(lines))]
     for run in filter(None, (cell.best_run for cell in found)):
         folder = group.folders[run.fingerprint]
-        looked = (folder.figures / "spectrum.json").exists()
+        looked = isinstance(read_json(folder.figures / "spectrum.json"), dict)  # a file that is cut is drawn anew
         if not looked and (folder.path / "model.pt").exists():
             written += of_run(folder)
     return written
