@@ -112,11 +112,12 @@ def _build(asked: Request, protocol: str, precision: str) -> tuple[Sweep, list[s
     """Build every run of a request; return the sweep, and where it departs from the protocol."""
     runs: dict[str, RunConfig] = {}
     measured: _Measured = {}
-    departed: dict[str, None] = {}
+    departed: dict[str, list[str]] = {}
     for cell in [] if asked.plan.search else layers.cells(asked):
         document = layers.lay(asked, cell)
         run = build(settle(document, cell.label, protocol, precision))
-        departed |= dict.fromkeys(_departures(asked, run, document))
+        if (point := f"{cell.label} {cell.changes}") not in departed:  # neither mixer nor seed matters
+            departed[point] = _departures(asked, run, document)
         if cell.chooses or not cell.choosing:
             runs.setdefault(run.fingerprint, run)
         else:
@@ -147,7 +148,7 @@ def _build(asked: Request, protocol: str, precision: str) -> tuple[Sweep, list[s
         choosing=asked.plan.choose.seeds if asked.plan.choose and measured else [],
         measured=measured,
     )
-    return sweep, list(departed)
+    return sweep, list(dict.fromkeys(text for found in departed.values() for text in found))
 
 
 def _spaces(asked: Request, protocol: str, precision: str) -> list[Space]:
