@@ -5,29 +5,50 @@ from pathlib import Path
 
 import click
 
-from mad_efla.cli.shared import data_dir_option, options, says_errors, set_option
+from mad_efla.cli.shared import data_dir_option, options, out_option, says_errors, set_option
 
 
 @click.command("list")
 @click.argument("kind", type=click.Choice(["tasks", "mixers", "plans"]))
-@click.option(
-    "--at",
-    multiple=True,
-    metavar="width=N",
-    help="For mixers: what a layer costs at this width, and at seq_len=N. Repeatable.",
+@click.argument("name", required=False)
+@options(
+    click.option(
+        "--at",
+        multiple=True,
+        metavar="width=N",
+        help="For mixers: what a layer costs at this width, and at seq_len=N. Repeatable.",
+    ),
+    out_option,
 )
 @says_errors
-def list_(kind: str, at: tuple[str, ...]) -> None:
-    """List the tasks, mixers or plans there are, with their fields.
+def list_(kind: str, name: str | None, at: tuple[str, ...], out: Path) -> None:
+    """List the tasks, mixers or plans there are, a line each, or all that is known of NAME.
+
+    How long a plan takes is known from runs that have finished under --out.
 
     \b
+    mad-efla list plans
+    mad-efla list plans efla_controls
+    mad-efla list tasks recall
     mad-efla list mixers --at width=128 --at seq_len=512
     """
+    from mad_efla.execution import local
     from mad_efla.reporting import catalogue, terminal
 
-    if at and kind != "mixers":
-        raise click.UsageError(f"--at {at[0]} is for mixers, not for {kind}")
-    terminal.stdout().print(catalogue.costs(at) if at else catalogue.table(kind))
+    if at and (kind != "mixers" or name):
+        raise click.UsageError(f"--at {at[0]} is for mixers, all of them; not for {name or kind}")
+    if at:
+        terminal.show(catalogue.layer_costs(at))
+        return
+    workers = local.cores()
+    if name is None:
+        terminal.show(catalogue.table(kind, out, workers))
+        return
+    for part in catalogue.details(kind, name, out, workers):
+        if isinstance(part, str):
+            click.echo(part)
+        else:
+            terminal.show(part)
 
 
 @click.command()

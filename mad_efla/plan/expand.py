@@ -116,12 +116,13 @@ def _build(asked: Request, protocol: str, precision: str) -> tuple[Sweep, list[s
     """Build every run of a request; return the sweep, and where it departs from the protocol."""
     runs: dict[str, RunConfig] = {}
     measured: _Measured = {}
-    departed: dict[str, None] = {}
+    departed: dict[str, list[str]] = {}
     checks: dict[str, RunConfig] = {}
     for cell in [] if asked.plan.search else (*layers.cells(asked), *layers.checks(asked)):
         document = layers.lay(asked, cell)
         run = build(settle(document, cell.label, protocol, precision))
-        departed |= dict.fromkeys(_departures(asked, run, document))
+        if (point := f"{cell.label} {cell.changes}") not in departed:  # neither mixer nor seed matters
+            departed[point] = _departures(asked, run, document)
         if cell.check:
             checks.setdefault(run.fingerprint, run)
         elif cell.chooses or not cell.choosing:
@@ -156,7 +157,7 @@ def _build(asked: Request, protocol: str, precision: str) -> tuple[Sweep, list[s
         checks=frozenset(checks.keys() - runs.keys()),
         seeds=asked.plan.seeds,
     )
-    return sweep, list(departed)
+    return sweep, list(dict.fromkeys(text for found in departed.values() for text in found))
 
 
 def _spaces(asked: Request, protocol: str, precision: str) -> list[Space]:

@@ -15,14 +15,13 @@ from mad_efla.plan.run import RunConfig, build, settle
 FREE = {
     "mixers": "who learns",
     "code": "the source of mixers of your own",
-    "seed": "seeds, those that choose a grid point included, and how many",
-    "setting": "how a setting is called; which of the settings and grid points are made",
+    "seed": "which and how many, those that choose included",
+    "setting": "labels; which of its settings and points are made",
     "protocol": "the name itself",
 }
 """Fields of a run that no protocol fixes, and what is left free by that."""
 
-NOT_IN_RUNS = "device, processes and threads, limits, `match`"
-"""What is free because no number depends on it."""
+NOT_IN_RUNS = "Device, number of workers and limits are no part of a run, and free."
 
 
 class Departure(NamedTuple):
@@ -91,7 +90,7 @@ def definition(protocol: str, task: str) -> Definition | None:
         if isinstance(asked.plan.settings, dict) and task not in asked.plan.settings:
             return None
         if asked.base.part("train").data.get("precision") == "auto":
-            free = {"train.precision": "float32 or bfloat16, by what the device has instructions for"}
+            free = {"train.precision": "float32 or bfloat16, as the device has it"}
         for cell in (*layers.cells(asked), *layers.checks(asked)):
             run = build(settle(layers.lay(asked, cell), cell.label, protocol, "float32"))
             runs.append(fixed(run, free))

@@ -162,8 +162,8 @@ def test_show_draws_tokens_and_the_solvers_answers():
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("tasks", ["recall", "vocab_size=16"]),
-        ("mixers", ["efla", "deltanet", "mamba2", "attention", "heads=8"]),
+        ("tasks", ["recall", "noisy_recall"]),
+        ("mixers", ["efla", "deltanet", "mamba2", "attention"]),
         ("plans", ["quick", "mad", "mad_lab"]),
     ],
 )
