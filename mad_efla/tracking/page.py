@@ -66,6 +66,10 @@ def ui(
         say(f"from other machines: {deep_link(uri, name, port, *newest)}")
     say("(answers in about ten seconds; Ctrl-C ends it)")
     sys.stdout.flush()
+    _become_server(uri, host, port, names)
+
+
+def _become_server(uri: str, host: str, port: int, names: list[str]) -> None:
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
     command += ["--workers", "1", "--artifacts-destination", str(artifacts(uri))]
     command += ["--uvicorn-opts", "--log-level warning"]
