@@ -23,7 +23,7 @@ def bench() -> None:
         type=click.IntRange(4),
         default=10,
         show_default=True,
-        help="Steps timed of each, in turn; the median counts.",
+        help="Steps timed of each mixer, in turn; the median counts.",
     ),
     click.option(
         "--to",
@@ -63,7 +63,7 @@ def bench_step(task: str, plan: str, assignments: tuple[str, ...], device: str, 
 @options(
     plan_option,
     set_option,
-    click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: the cores]"),
+    click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker processes.  [default: the cores]"),
 )
 @says_errors
 def bench_overhead(tasks: tuple[str, ...], plan: str, assignments: tuple[str, ...], workers: int | None) -> None:
@@ -99,7 +99,7 @@ def bench_overhead(tasks: tuple[str, ...], plan: str, assignments: tuple[str, ..
         type=click.FloatRange(0, min_open=True),
         default=1.0,
         show_default=True,
-        help="To time each measurement for.",
+        help="How long each measurement takes.",
     ),
     click.option(
         "--at-once",
@@ -108,7 +108,7 @@ def bench_overhead(tasks: tuple[str, ...], plan: str, assignments: tuple[str, ..
         default=(2, 4, 8),
         show_default=True,
         metavar="N",
-        help="Runs to share the device, and to be stacked. Repeatable.",
+        help="How many runs share the device, and how many are stacked. Repeatable.",
     ),
     click.option(
         "--to", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Append the lines to FILE, too."
@@ -157,7 +157,7 @@ def bench_device(
 @bench.command("data")
 @click.argument("tasks", nargs=-1)
 @options(
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Draws the data."),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of the data."),
     click.option(
         "--rounds", type=click.IntRange(1), default=1, show_default=True, help="Generations timed; the least counts."
     ),

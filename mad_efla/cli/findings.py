@@ -121,7 +121,7 @@ def report(runs: Path, to: Path | None) -> None:
         show_default=True,
         help="Folder for the figures; those of the same name are replaced.",
     ),
-    click.option("--against", metavar="RUN", help="Show the differences from this run, too."),
+    click.option("--against", metavar="RUN", help="Also show the differences from this run."),
     click.option(
         "--examples",
         type=click.IntRange(1),
@@ -138,7 +138,7 @@ def report(runs: Path, to: Path | None) -> None:
         help="Draws the noise and the replaced token that gains are measured with.",
     ),
     click.option(
-        "--log", is_flag=True, help="Draw each RUN on a page of its own, too, as an artifact of the run in MLflow."
+        "--log", is_flag=True, help="Also draw each RUN on a page of its own, as an artifact of the run in MLflow."
     ),
     tracking_option,
     data_dir_option,
@@ -207,17 +207,21 @@ def _log_figures(looked: "list[tuple[RunFolder, Diagnosis]]", out: Path, trackin
 @click.command()
 @click.argument("runs", type=click.Path(path_type=Path), default=OUT)
 @options(
-    click.option("--plan", help="Whose runs, where RUNS holds those of several plans."),
-    click.option("--setting", help="Whose runs, where there are several, as in 'digits baseline'."),
+    click.option("--plan", help="The plan to look at, where RUNS holds several."),
+    click.option(
+        "--setting", help="The task and setting to look at, where there are several, as in 'digits baseline'."
+    ),
     click.option(
         "--mixer",
         "mixers",
         multiple=True,
         metavar="LABEL",
-        help="Which, by the label in the tables. Repeatable.  [default: all]",
+        help="A mixer to look at, by its label in the tables. Repeatable.  [default: all]",
     ),
-    click.option("--corruption", default="intensity", show_default=True, help="By its name."),
-    click.option("--severity", type=float, metavar="S", help="At which parts are exchanged.  [default: the largest]"),
+    click.option("--corruption", default="intensity", show_default=True, help="The corruption."),
+    click.option(
+        "--severity", type=float, metavar="S", help="The severity at which parts are exchanged.  [default: the largest]"
+    ),
     click.option(
         "--parts",
         "groups",
@@ -231,7 +235,7 @@ def _log_figures(looked: "list[tuple[RunFolder, Diagnosis]]", out: Path, trackin
         default=16,
         show_default=True,
         metavar="N",
-        help="Sequences that are diagnosed.",
+        help="Sequences of the test split to look at.",
     ),
     click.option(
         "--to",

@@ -32,7 +32,7 @@ def list_(kind: str, name: str | None, at: tuple[str, ...], out: Path) -> None:
     mad-efla list tasks recall
     mad-efla list mixers --at width=128 --at seq_len=512
     """
-    from mad_efla.execution import local
+    from mad_efla.execution import machine
     from mad_efla.reporting import catalogue, terminal
 
     if at and (kind != "mixers" or name):
@@ -40,7 +40,7 @@ def list_(kind: str, name: str | None, at: tuple[str, ...], out: Path) -> None:
     if at:
         terminal.show(catalogue.layer_costs(at))
         return
-    workers = local.cores()
+    workers = machine.cores()
     if name is None:
         terminal.show(catalogue.table(kind, out, workers))
         return
@@ -54,8 +54,8 @@ def list_(kind: str, name: str | None, at: tuple[str, ...], out: Path) -> None:
 @click.command()
 @click.argument("task")
 @options(
-    click.option("--examples", type=click.IntRange(1, 100), default=2, show_default=True, help="How many."),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws them."),
+    click.option("--examples", type=click.IntRange(1, 100), default=2, show_default=True, help="Sequences to show."),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the sequences."),
     set_option,
     data_dir_option,
     click.option(
@@ -88,7 +88,9 @@ def show(task: str, examples: int, seed: int, assignments: tuple[str, ...], svg:
 @click.command()
 @click.argument("name")
 @options(
-    click.option("--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Its fields."),
+    click.option(
+        "--set", "assignments", multiple=True, metavar="FIELD=VALUE", help="Set one of its fields. Repeatable."
+    ),
     click.option(
         "--width",
         type=click.IntRange(1),
@@ -125,17 +127,17 @@ def check(name: str, assignments: tuple[str, ...], width: int) -> None:
         default="baseline",
         show_default=True,
         metavar="LABEL|N|all",
-        help="Which: its label, its number in the file (0 is the baseline), or all.",
+        help="The setting: its label, its number in the file (0 is the baseline), or all.",
     ),
     click.option(
         "--split",
         type=click.Choice(["train", "validation", "test", "all"]),
         default="all",
         show_default=True,
-        help="Which examples.",
+        help="The split to write.",
     ),
     click.option(
-        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="As in a run of this seed."
+        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of the data, as in a run."
     ),
     set_option,
     data_dir_option,

@@ -39,7 +39,7 @@ def options(*options: Callable[..., Any]) -> Callable[..., Any]:
     return lambda function: functools.reduce(lambda f, o: o(f), reversed(options), function)
 
 
-plan_option = click.option("--plan", default="quick", show_default=True, help="Plan: a path or a name.")
+plan_option = click.option("--plan", default="quick", show_default=True, help="Path or name of a plan.")
 set_option = click.option(
     "--set",
     "assignments",
@@ -61,7 +61,11 @@ def _use_prefix(context: click.Context, option: click.Parameter, prefix: str | N
 
 
 tracking_option = options(
-    click.option("--tracking-uri", metavar="URI", help="MLflow store; else MLFLOW_TRACKING_URI, else ./mlflow.db."),
+    click.option(
+        "--tracking-uri",
+        metavar="URI",
+        help="Address of the MLflow store.  [default: MLFLOW_TRACKING_URI, else ./mlflow.db]",
+    ),
     click.option(
         "--experiment-prefix",
         metavar="TEXT",
@@ -75,7 +79,7 @@ log_model_option = click.option(
     "--log-model",
     "log_models",
     is_flag=True,
-    help="Log the models of finished runs to MLflow, too, for `mlflow.pytorch.load_model`.",
+    help="Also log the models of finished runs to MLflow, for `mlflow.pytorch.load_model`.",
 )
 
 
@@ -90,7 +94,7 @@ data_dir_option = click.option(
     metavar="DIR",
     callback=_use_data_dir,
     expose_value=False,
-    help="Folder of data sets, as DIR/mnist/; else MAD_EFLA_DATA.",
+    help="Folder of data sets, which holds DIR/mnist/ and so on.  [default: MAD_EFLA_DATA]",
 )
 
 

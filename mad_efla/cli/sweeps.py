@@ -55,14 +55,16 @@ if TYPE_CHECKING:
     ),
     out_option,
     tracking_option,
-    click.option("--no-tracking", is_flag=True, help="Leave MLflow alone; `mad-efla sync` later."),
+    click.option("--no-tracking", is_flag=True, help="Leave MLflow alone; `mad-efla sync` can tell it later."),
     log_model_option,
     click.option(
-        "--no-figures", is_flag=True, help="Draw no figures for MLflow at the end; `mad-efla sync --figures` later."
+        "--no-figures",
+        is_flag=True,
+        help="Draw no figures for MLflow at the end; `mad-efla sync --figures` can draw them later.",
     ),
     click.option("--dry-run", is_flag=True, help="Print the runs and an estimate, and stop."),
     click.option(
-        "--max-hours", type=click.FloatRange(0, min_open=True), metavar="H", help="Stop after H hours as Ctrl-C would."
+        "--max-hours", type=click.FloatRange(0, min_open=True), metavar="H", help="Stop after H hours, as Ctrl-C would."
     ),
     click.option(
         "--budget",
@@ -76,7 +78,7 @@ if TYPE_CHECKING:
         metavar="FILE",
         help="An archive: runs that it holds are not made again. Repeatable.",
     ),
-    click.option("--retry-failed", is_flag=True, help="Make runs again that failed by an error."),
+    click.option("--retry-failed", is_flag=True, help="Make runs again that failed by an error of their own."),
     data_dir_option,
 )
 @says_errors
