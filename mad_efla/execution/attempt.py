@@ -135,7 +135,7 @@ def _check_code(run: RunConfig) -> None:
     Raises:
         ConfigError: The source of its task or of a mixer is another one by now.
     """
-    for name, digest in code_of(run.task, run.mixers).items():
+    for name, digest in code_of(run.task, run.mixers, run.model).items():
         if run.code.get(name) != digest:
             raise ConfigError(
                 f"the code of {name} is {digest} by now, and this run is one of "
