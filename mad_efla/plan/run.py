@@ -21,6 +21,9 @@ NUMBERS = 2
 Protocol = Literal["mad", "mad-lab", "mad-mini", "quick", "custom", "unmatched", "exploring"]
 
 
+CHANNELS = ("swiglu", "mlp", "none")
+
+
 class DataConfig(Section):
     """How many examples of each split.
 
@@ -41,14 +44,28 @@ class ModelConfig(Section):
     Attributes:
         width: Model width D.
         depth: Pairs of [mixer, channel mixer].
-        channel: The channel mixer after each mixer.
+        channel: The channel mixer after each mixer: `swiglu`, `mlp`, `none`, or any module as
+            `package.module:Name`; a mapping with `name` gives it fields.
         norm_eps: Epsilon of RMSNorm.
+        blocks: The layers are whole blocks, with norms, residual and channel mixer of their own:
+            x = block(x) in place of x + mixer(norm(x)).
     """
 
     width: int = Field(128, ge=1)
     depth: int = Field(2, ge=1)
-    channel: Literal["swiglu", "mlp", "none"] = "swiglu"
+    channel: str | dict[str, Any] = "swiglu"
     norm_eps: float = Field(1e-5, gt=0)
+    blocks: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        name = self.channel if isinstance(self.channel, str) else self.channel.get("name", "")
+        if name not in CHANNELS and ":" not in str(name):
+            near = suggest(str(name), list(CHANNELS))
+            raise ValueError(f"channel={self.channel!r} must be a channel mixer or package.module:Name{near}")
+        if self.blocks and self.channel != "none":
+            raise ValueError(f"blocks=True with channel={self.channel!r}: a block has its own; set channel to none")
+        return self
 
 
 class OptimConfig(Section):
@@ -132,6 +149,7 @@ _LATER: dict[tuple[str, str], Any] = {
     ("", "code"): {},
     ("optim", "decay"): "matrices",
     ("train", "stop_metric"): "token_accuracy",
+    ("model", "blocks"): False,
 }
 _LATER_OF_MIXERS: dict[str, Any] = {"householders": 1, "reflect": False}
 
@@ -260,7 +278,7 @@ def build(document: Document) -> RunConfig:
         if key not in known:
             raise ConfigError(f"{document.place((key,))}: {key}: unknown key{suggest(key, known)}")
     task = build_task(document.part("task"))
-    model = validate(ModelConfig, document.part("model"), "model")
+    model = _with_channel(validate(ModelConfig, document.part("model"), "model"), document)
     parts = {
         "task": task,
         "task_version": type(task).version,
@@ -273,7 +291,7 @@ def build(document: Document) -> RunConfig:
     rest = {k: document.data[k] for k in ("protocol", "setting", "seed") if k in document.data}
     parts["code"] = document.data.get("code", None)
     if parts["code"] is None:
-        parts["code"] = code_of(task, parts["mixers"])
+        parts["code"] = code_of(task, parts["mixers"], model)
     top = validate(_Top, Document(rest, document.places, document.name))
     return RunConfig(**parts, **top.model_dump())
 
@@ -300,13 +318,14 @@ class _Top(Section):
     seed: int = Field(0, ge=0, lt=2**32)
 
 
-def code_of(task: Task, mixers: Iterable[MixerConfig]) -> dict[str, str]:
-    """Return the digest of the source of each plug-in among a task and mixers, as it is now.
+def code_of(task: Task, mixers: Iterable[MixerConfig], model: ModelConfig | None = None) -> dict[str, str]:
+    """Return the digest of the source of each plug-in among a task, mixers and channel mixer, as it is now.
 
     Raises:
         ConfigError: The source of one is not to be had.
     """
-    names = [n for n in (task.name, *(m.name for m in mixers)) if ":" in n]
+    channel = [model.channel["name"]] if model and isinstance(model.channel, dict) else []
+    names = [n for n in (task.name, *(m.name for m in mixers), *channel) if ":" in n]
     return {name: plugins.source_digest(name) for name in sorted(set(names))}
 
 
@@ -316,7 +335,7 @@ def check_code(run: RunConfig) -> None:
     Raises:
         ConfigError: The source of its task or of a mixer is another one by now.
     """
-    for name, found in code_of(run.task, run.mixers).items():
+    for name, found in code_of(run.task, run.mixers, run.model).items():
         if run.code.get(name) != found:
             raise ConfigError(
                 f"the code of {name} is {found} by now, and this run is one of "
@@ -347,6 +366,31 @@ def task_class(document: Document) -> type[Task]:
         return plugins.task(name)
     except ConfigError as error:
         raise ConfigError(f"{document.place(('name',))}: {error}") from error
+
+
+def channel_fields(model: ModelConfig) -> MixerConfig | None:
+    """Return the fields of a channel mixer that is not ours; None for ours.
+
+    Raises:
+        ConfigError: There is none of that name, or its fields are wrong.
+    """
+    if isinstance(model.channel, str):
+        return None
+    return plugins.mixer(model.channel["name"]).Config(**model.channel)
+
+
+def _with_channel(model: ModelConfig, document: Document) -> ModelConfig:
+    """Write down all fields of a channel mixer that is not ours."""
+    if model.channel in CHANNELS:
+        return model
+    own = {"name": model.channel} if isinstance(model.channel, str) else model.channel
+    place = document.place(("model", "channel"))
+    try:
+        found = plugins.mixer(own["name"])
+    except ConfigError as error:
+        raise ConfigError(f"{place}: model.channel: {error}") from error
+    fields = validate(found.Config, Document(own, {(): place}, document.name), "model.channel")
+    return model.model_copy(update={"channel": fields.model_dump()})
 
 
 def _mixers(document: Document, depth: int) -> tuple[MixerConfig, ...]:

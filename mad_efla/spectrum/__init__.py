@@ -12,13 +12,13 @@ B L H N, and B H N (N + P).
 
     transitions.py   single tokens, products of transitions, horizons, Lyapunov exponents
     states.py        singular values of states, overlap of keys
-    reach.py         how far back outputs look, gain of a perturbation
+    reach.py         how far back outputs look, gain of a perturbation, how much of the past matters
     diagnose.py      a whole model
     causes.py        why a trained model fails on corrupted inputs
 """
 
 from mad_efla.spectrum.diagnose import Diagnosis, Gain, LayerDiagnosis, diagnose, finite, training_scalars
-from mad_efla.spectrum.reach import Reach, perturbation_gain, reach
+from mad_efla.spectrum.reach import Reach, effective_remembrance, gain_distance, perturbation_gain, reach
 from mad_efla.spectrum.states import KeyOverlap, StateSpectrum, key_overlap, state_spectrum, states
 from mad_efla.spectrum.transitions import (
     EULER_LIMIT,
@@ -47,7 +47,9 @@ __all__ = [
     "Reach",
     "StateSpectrum",
     "diagnose",
+    "effective_remembrance",
     "finite",
+    "gain_distance",
     "horizon",
     "key_overlap",
     "lyapunov",

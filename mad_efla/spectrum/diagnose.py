@@ -6,7 +6,7 @@ model trains.
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mad_efla.mixers import Mixer
 from mad_efla.mixers._dynamics import AttentionTrace, Dynamics
-from mad_efla.spectrum.reach import Reach, perturbation_gain, reach
+from mad_efla.spectrum.reach import Reach, effective_remembrance, gain_distance, perturbation_gain, reach
 from mad_efla.spectrum.states import KeyOverlap, StateSpectrum, key_overlap, sampled, state_spectrum
 from mad_efla.spectrum.transitions import (
     EULER_LIMIT,
@@ -28,14 +28,17 @@ from mad_efla.spectrum.transitions import (
     products,
     step_error,
 )
-from mad_efla.training.model import Backbone, TokenEmbedding
+from mad_efla.training.model import Backbone, LanguageModel, TokenEmbedding
+
+_CUT = {"effective_remembrance_p25": 0.25, "effective_remembrance_p50": 0.5, "effective_remembrance_p75": 0.75}
 
 
 class Gain(NamedTuple):
-    """Gain of one token replaced by another, and of noise on all embeddings."""
+    """Gain of one token replaced by another, at `position`, and of noise on all embeddings."""
 
     token: Float[Tensor, "B L"]
     noise: Float[Tensor, "B L"]
+    position: int = 0
 
 
 # ------------------------------------------------------------------ a whole model
@@ -76,6 +79,7 @@ class LayerDiagnosis:
             "finite": torch.tensor(float(self.finite)),
             "gain_token": _norm(self.gain.token),
             "gain_noise": _norm(self.gain.noise),
+            "gain_distance": gain_distance(self.gain.token, self.gain.position),
         }
         if self.tokens is not None:
             found |= _token_scalars(self.tokens)
@@ -99,10 +103,18 @@ class LayerDiagnosis:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """A model's layers, first one first, and the gain from its embeddings to its logits."""
+    """A model's layers, first one first, and what is seen from outside.
+
+    Attributes:
+        layers: Of each mixer.
+        gain: From embeddings to logits.
+        remembrance: By name, how much the last answer depends on the first quarter, half and three
+            quarters of a sequence; see `effective_remembrance`. Empty for what is no language model.
+    """
 
     layers: list[LayerDiagnosis]
     gain: Gain
+    remembrance: dict[str, float] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
         """Return `spectrum/layer0/...` for each layer and `spectrum/...` for the model.
@@ -114,6 +126,8 @@ class Diagnosis:
         found = {n: _mean([layer[n] for layer in layers if n in layer]) for n in names}
         found |= {"gain_token": _norm(self.gain.token).mean().item()}
         found |= {"gain_noise": _norm(self.gain.noise).mean().item()}
+        found |= {"gain_distance": gain_distance(self.gain.token, self.gain.position).mean().item()}
+        found |= self.remembrance
         for i, layer in enumerate(layers):
             found |= {f"layer{i}/{name}": value for name, value in layer.items()}
         return {f"spectrum/{name}": value for name, value in found.items()}
@@ -163,10 +177,18 @@ def diagnose(
     change = torch.randn(clean[0].x.shape, generator=generator).to(clean[0].x)
     change = change * (noise * clean[0].x.norm() / change.norm())
     replaced, noisy = _record(model, other), _record(model, tokens, change)
-    gains = [Gain(_gain(c, r), _gain(c, n)) for c, r, n in zip(clean, replaced, noisy, strict=True)]
+    gains = [Gain(_gain(c, r), _gain(c, n), position) for c, r, n in zip(clean, replaced, noisy, strict=True)]
     inputs = [passed.x for passed in clean]
     layers = map(_diagnose_layer, model.mixers, inputs[1:], gains[1:])
-    return Diagnosis(layers=list(layers), gain=gains[0])
+    return Diagnosis(layers=list(layers), gain=gains[0], remembrance=_remembrance(model, tokens, _CUT))
+
+
+def _remembrance(model: Backbone, tokens: Tensor, cuts: dict[str, float]) -> dict[str, float]:
+    L = tokens.shape[1]
+    if not isinstance(model, LanguageModel) or L < 4:  # others know where a sequence starts
+        return {}
+    found = effective_remembrance(model, tokens, [int(share * L) for share in cuts.values()])
+    return dict(zip(cuts, found.mean(-1).tolist(), strict=True))
 
 
 def _others(model: Backbone, tokens: Int[Tensor, "B"], generator: torch.Generator) -> Tensor:
@@ -296,8 +318,9 @@ def training_scalars(model: Backbone, inputs: Tensor) -> dict[str, float]:
 
     Names and definitions are those of `Diagnosis.scalars`, means over layers; horizons are followed
     over powers of two from two starts only, and interpolated between them. What is not finite is
-    left out, and so is a layer that hands out no dynamics. Nothing of the model is changed, no
-    random number is drawn, and on a GPU only the forward pass runs there.
+    left out, and so is a layer that hands out no dynamics; what the last answer owes to the first half
+    of a sequence is known of any. Nothing of the model is changed, no random number is drawn, and on a
+    GPU only the forward passes run there.
 
     Args:
         model: A language model or an autoencoder.
@@ -312,6 +335,8 @@ def training_scalars(model: Backbone, inputs: Tensor) -> dict[str, float]:
     means = [{name: value.mean().item() for name, value in layer.items()} for layer in layers]
     names = {name: None for layer in means for name in layer}
     found = {n: _mean([layer[n] for layer in means if n in layer]) for n in names}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        found |= _remembrance(model, inputs, {"effective_remembrance_p50": 0.5})
     return finite({f"spectrum/{name}": value for name, value in found.items()})
 
 

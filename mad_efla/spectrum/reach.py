@@ -1,4 +1,4 @@
-"""How far back outputs look, and how much a change of the input grows.
+"""How far back outputs look, how much a change of the input grows, how much of the far past still matters.
 
 Attention takes blocks of queries, B H L * 64 numbers at a time.
 
@@ -6,7 +6,7 @@ Legend: N rows of a head's state (key width), T sampled tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,3 +134,42 @@ def perturbation_gain(
     size, change, out = whole
     moved = torch.linalg.vector_norm(changed_y - y, dim=-1, dtype=torch.float64)
     return torch.where(moved == 0, 0, moved / out * size / change)
+
+
+def gain_distance(gain: Float[Tensor, "B L"], position: int) -> Float[Tensor, "B"]:
+    """Average the distance at which a change of the token at `position` is felt, in tokens.
+
+        sum_d d gain_{position + d}^2 / sum_d gain_{position + d}^2
+
+    Args:
+        gain: By `perturbation_gain`, of a change at one token.
+        position: That token's; what stands before it does not change.
+    """
+    power = gain[:, position:].double().square()
+    distance = torch.arange(power.shape[1], device=gain.device, dtype=power.dtype)
+    return ((power * distance).sum(-1) / power.sum(-1)).nan_to_num(0)  # NaN where nothing changes
+
+
+# ------------------------------------------------------------------ the far past
+
+
+def effective_remembrance(
+    model: Callable[[Tensor], Tensor], tokens: Int[Tensor, "B L"], starts: Sequence[int]
+) -> Float[Tensor, "T B"]:
+    """Measure how much an answer depends on what stood before a token.
+
+        EffRem_T(t) = TV(q(. | x_0:T), q(. | x_t:T)),  TV(p, q) = 1/2 sum |p - q|
+
+    q is the distribution after the last token. 0 where the model answers the same without the first
+    t tokens, 1 where it answers something else for sure. Nothing of a model's inside is needed.
+
+    Args:
+        model: Gives logits at every position, the same wherever a sequence starts.
+        tokens: Sequences.
+        starts: The tokens t, each at least 1 and below L.
+
+    Source: Buitrago and Gu 2025, arXiv 2507.02782, section 3.
+    """
+    whole = model(tokens)[:, -1].double().softmax(-1)
+    cut = [model(tokens[:, t:])[:, -1].double().softmax(-1) for t in starts]
+    return torch.stack([(whole - q).abs().sum(-1) / 2 for q in cut])

@@ -361,6 +361,7 @@ A *sweep* is a parent run; its *cells* (tag `mad.role` = `cell`) are one trainin
 | `spectrum/state_effective_rank` | directions of the state in use at the end of a sequence |
 | `spectrum/state_capacity_used` | the same as a share of what the state could hold |
 | `spectrum/reach_distance`, `.../reach_entropy` | how far back and how widely attention looks |
+| `spectrum/effective_remembrance_p50` | how much the last answer owes to the first half, in [0, 1] |
 
 Scores of different protocols (tag `mad.protocol`) are not comparable. Runs of one folder share the
 tag `mad.owner`; the same run made by two people is two runs here.

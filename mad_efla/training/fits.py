@@ -7,7 +7,7 @@ import torch
 from mad_efla import plugins
 from mad_efla.config import ConfigError
 from mad_efla.plan.expand import Sweep
-from mad_efla.plan.run import RunConfig, mixer_label
+from mad_efla.plan.run import RunConfig, channel_fields, mixer_label
 from mad_efla.tasks import RealTask, Task
 from mad_efla.training import data, model, promises
 
@@ -88,13 +88,13 @@ def check(sweep: Sweep, device: str = "cpu") -> Fit:
 
 def _layers(run: RunConfig, device: str) -> list[promises.MixerUnderTest]:
     """Return the layers of a run that are not ours, as it will train them."""
-    half = run.train.precision == "bfloat16"
+    half, channel = run.train.precision == "bfloat16", channel_fields(run.model)
     return [
         promises.MixerUnderTest(
             plugins.mixer(m.name), m, run.model.width, run.task.input_length, run.model.depth, device, half
         )
-        for m in run.mixers
-        if ":" in m.name
+        for m in (*run.mixers, channel)
+        if m is not None and ":" in m.name
     ]
 
 
@@ -108,7 +108,7 @@ def _hold_layer(subject: promises.MixerUnderTest, place: str) -> None:
     for promise in () if elsewhere else promises.LAYER_PROMISES:
         if broken := promises.hold(promise, subject).broken:
             label = mixer_label(subject.config)
-            raise ConfigError(f"{place}: mixer {label}: {broken}; `mad-efla check {subject.config.name}` says more")
+            raise ConfigError(f"{place}: layer {label}: {broken}; `mad-efla check {subject.config.name}` says more")
 
 
 def _hold_task(task: Task) -> None:

@@ -1,6 +1,7 @@
 """The backbones: what stands around the mixers. They take mixers built, and name none.
 
     stack:          x = embed(tokens);  x = x + mixer(norm(x));  x = x + channel(norm(x));  ...
+    of blocks:      x = embed(tokens);  x = block(x);  ...
     language model: logits = head(norm(x))
     autoencoder:    logits_t = head(norm(decoder(x_L + position_t))), from the last vector alone
     classifier:     a language model with embed(values) = values w + positions
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from mad_efla import plugins
 from mad_efla.config import ConfigError
 from mad_efla.mixers import Mixer, MixerConfig, Place, RMSNorm
-from mad_efla.plan.run import ModelConfig, RunConfig
+from mad_efla.plan.run import ModelConfig, RunConfig, channel_fields
 from mad_efla.training import randomness
 from mad_kernels import swiglu
 
@@ -59,7 +60,33 @@ class MLP(nn.Module):
         return self.out(F.gelu(self.inner(x)))
 
 
+class OtherChannel(nn.Module):
+    """A channel mixer that is not ours, kept apart from the mixers.
+
+    Args:
+        found: What it is.
+        config: Its fields.
+        width: Width of the model, D.
+    """
+
+    def __init__(self, found: type[Mixer], config: MixerConfig, width: int):
+        super().__init__()
+        self.module = found.placed(width, config, Place())
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """Mix channels of each token."""
+        return self.module(x)
+
+
 CHANNELS = {"swiglu": SwiGLU, "mlp": MLP}
+
+
+def _channel(config: ModelConfig) -> nn.Module:
+    """Build the channel mixer that a model's fields name."""
+    own = channel_fields(config)
+    if own is not None:
+        return OtherChannel(plugins.mixer(own.name), own, config.width)
+    return CHANNELS[str(config.channel)](config.width)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -103,13 +130,18 @@ class Stack(nn.Module):
         for mixer in mixers:
             layers.append(mixer)
             if config.channel != "none":
-                layers.append(CHANNELS[config.channel](config.width))
+                layers.append(_channel(config))
         self.layers = nn.ModuleList(layers)
-        self.norms = nn.ModuleList(RMSNorm(config.width, eps=config.norm_eps) for _ in layers)
+        normed = [] if config.blocks else layers
+        self.norms = nn.ModuleList(RMSNorm(config.width, eps=config.norm_eps) for _ in normed)
 
     def forward(self, inputs: Num[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Return the residual stream after the last layer."""
         x, branch = self.embed(inputs), None
+        if not self.norms:  # whole blocks
+            for layer in self.layers:
+                x = layer(x)
+            return x
         for norm, layer in zip(self.norms, self.layers, strict=True):
             assert isinstance(norm, RMSNorm)
             x, normed = norm.behind(x, branch)

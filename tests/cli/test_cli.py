@@ -195,15 +195,17 @@ def test_a_run_folder_holds_the_resolved_configuration(files):
 
 def test_the_examples_of_contributing_md_pass_and_run_from_the_users_folder(files):
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-    mixer, task = re.findall(r"```python\n(.*?)```", text, re.S)
+    block, mixer, task = re.findall(r"```python\n(.*?)```", text, re.S)
+    (files / "block.py").write_text(block)
     (files / "decay.py").write_text(mixer)
     (files / "parity.py").write_text(task)
     (files / "parity.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
     script = Path(sys.executable).with_name("mad-efla")
     for arguments, expected in (
+        (["check", "block:Block"], "state unknown"),
         (["check", "decay:Decay"], "holds"),
         (["check", "parity:Parity"], "holds"),
-        ([*SWEEP, "--set", "mixers=['decay:Decay']"], "decay:Decay"),
+        ([*SWEEP, "--set", "mixers=['decay:Decay', 'block:Block']"], "block:Block"),
         (["sweep", "parity.yaml", *SWEEP[2:]], "parity:Parity, plan plan"),
     ):
         done = subprocess.run([script, *arguments], capture_output=True, text=True, cwd=files)

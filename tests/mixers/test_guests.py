@@ -82,6 +82,26 @@ class Rotation(Block):
         return y * self.phase.prod(-1).real * self.scale + x @ self.gate
 
 
+class Whole(Block):
+    """A block of its own: norm, residual and all."""
+
+    def __init__(self, d_model):
+        super().__init__(d_model)
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, x):
+        return x + super().forward(self.norm(x))[0]
+
+
+class MLP(nn.Module):
+    def __init__(self, width_of_nothing=1, *, dim, expand=2):
+        super().__init__()
+        self.inner, self.out = nn.Linear(dim, expand * dim), nn.Linear(expand * dim, dim)
+
+    def forward(self, x):
+        return self.out(self.inner(x).relu())
+
+
 class Narrow(Block):
     def forward(self, x):
         return super().forward(x)[0][..., 1:]
@@ -255,6 +275,42 @@ def test_the_mark_of_a_parameter_that_never_decays_is_honoured(block):
     gate = next(p for n, p in built.named_parameters() if n.endswith("gate"))
     assert any(p is gate for p in kept["params"])
     assert not any(p is gate for p in decayed["params"])
+
+
+def test_a_channel_mixer_by_its_name_stands_where_ours_do(block):
+    run = tiny(model__channel={"name": "block:MLP", "expand": 3})
+    assert run.model.channel == {"name": "block:MLP", "expand": 3, "width_of_nothing": 1}
+    assert tiny(model__channel="block:MLP").model.channel["expand"] == 2
+    assert "block:MLP" in run.code
+    built = model.build(run)
+    assert len(built.mixers) == 1
+    assert built.stack.layers[1].module.layer.inner.out_features == 48
+    assert built(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 8)
+    for wrong, why in (
+        ({"name": "block:MLP", "expnd": 3}, r"model.channel.expnd: unknown key; did you mean 'expand'"),
+        ("swiglue", "must be a channel mixer or package.module:Name; did you mean 'swiglu'"),
+        ("block:MPL", "model.channel: mixer 'block:MPL': block has no 'MPL'; did you mean 'MLP'"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            tiny(model__channel=wrong)
+
+
+def test_a_channel_mixer_that_looks_ahead_is_refused(block, files):
+    found = expand.expand("task.yaml", "plan.yaml", ["model.channel='block:Ahead'"], "float32")
+    with pytest.raises(ConfigError, match=r"layer block:Ahead.*changes with token"):
+        fits.check(found)
+
+
+def test_whole_blocks_stand_alone(block):
+    run = tiny(mixers=["block:Whole"], model__blocks=True, model__channel="none", model__depth=2)
+    built = model.build(run).eval()
+    assert not built.stack.norms
+    x = torch.zeros(2, 5, dtype=torch.long)
+    first, second = built.mixers
+    wanted = second(first(built.stack.embed(x)))
+    assert torch.equal(built.stack(x), wanted)
+    with pytest.raises(ConfigError, match="a block has its own; set channel to none"):
+        tiny(mixers=["block:Whole"], model__blocks=True)
 
 
 REFUSED = {

@@ -637,6 +637,43 @@ def test_positions_outside_and_single_tokens_are_refused():
         spectrum.diagnose(net, tokens, position=12)
 
 
+# ---- from outside
+
+
+def test_effective_remembrance_sees_exactly_what_a_model_looks_at():
+    tokens = torch.tensor([[0, 1, 0, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]])
+
+    def last_four(tokens):  # their sum decides between two answers, for sure
+        return 1e3 * torch.nn.functional.one_hot(tokens[:, -4:].sum(1) % 2, 2).double()[:, None]
+
+    found = spectrum.effective_remembrance(last_four, tokens, [1, 4, 5])
+    assert found.tolist() == [[0, 0], [0, 0], [1, 0]]
+
+    def share_of_ones(tokens):
+        p = tokens.double().mean(1)
+        return torch.stack([p, 1 - p], -1).log()[:, None]
+
+    found = spectrum.effective_remembrance(share_of_ones, tokens, [2, 4])
+    close(found, torch.tensor([[1 / 24, 5 / 24], [1 / 8, 3 / 8]], dtype=torch.float64))
+
+
+def test_a_gain_has_a_mean_distance():
+    gain = torch.tensor([[0.0, 0.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    close(spectrum.gain_distance(gain, 2), torch.tensor([2 / 5, 0.0], dtype=torch.float64))
+
+
+def test_a_layer_of_which_nothing_is_known_has_gains_and_remembrance():
+    net, tokens = built("torch.nn:LSTM", "efla")
+    found = spectrum.diagnose(net, tokens)
+    scalars = found.scalars()
+    assert found.layers[0].kind == "none"
+    for name in ("layer0/gain_token", "layer0/gain_distance", "gain_distance", "effective_remembrance_p25"):
+        assert scalars[f"spectrum/{name}"] > 0
+    assert 0 <= scalars["spectrum/effective_remembrance_p75"] <= 1
+    again = spectrum.training_scalars(net, tokens)["spectrum/effective_remembrance_p50"]
+    assert again == pytest.approx(scalars["spectrum/effective_remembrance_p50"])
+
+
 # ---- while training
 
 
@@ -644,7 +681,7 @@ def test_training_scalars_gives_what_the_diagnosis_gives():
     net, tokens = built("efla", "attention", "hyena", "mamba2")
     full, found = spectrum.diagnose(net, tokens).scalars(), spectrum.training_scalars(net, tokens)
     same = {n: v for n, v in found.items() if "horizon" not in n and "reach" not in n}
-    assert len(same) == 7
+    assert len(same) == 8
     assert same == {name: pytest.approx(full[name]) for name in same}
     trace = spectrum.diagnose(net, tokens).layers[1].scalars()
     assert found["spectrum/reach_distance"] == pytest.approx(trace["reach_distance"])
@@ -685,7 +722,7 @@ def test_training_scalars_looks_in_full_precision_at_what_autocast_made():
 
 
 def test_training_scalars_leaves_out_what_there_is_not_and_what_is_not_finite():
-    assert spectrum.training_scalars(*built("hyena", "identity")) == {}
+    assert list(spectrum.training_scalars(*built("hyena", "identity"))) == ["spectrum/effective_remembrance_p50"]
     net, tokens = built("efla", "efla")
     with torch.no_grad():
         net.mixers[0].qkv.weight[0] = math.inf
