@@ -194,13 +194,13 @@ def _sweep(
     from mad_efla.execution.queue import OutOfTime
     from mad_efla.reporting import terminal
     from mad_efla.runs.files import ensure_writable
-    from mad_efla.runs.folder import mend
+    from mad_efla.runs.folder import quarantine_broken
 
     ensure_writable(out)
     err = terminal.stderr()
     sweeps = [decided(s, out) for s in sweeps]
     runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
-    for note in mend(out, [r.fingerprint for r in runs]):
+    for note in quarantine_broken(out, [r.fingerprint for r in runs]):
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     for line in dict.fromkeys(terminal.matches(matches)):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -243,19 +243,21 @@ def _sweep(
 def _make(sweeps: "list[Sweep]", out: Path, runner: "Executor", deadline: float, retry_failed: bool) -> None:
     """Make the runs of sweeps that have no result yet."""
     from mad_efla.execution.costs import Costs
-    from mad_efla.execution.queue import Work
+    from mad_efla.execution.queue import RunQueue
     from mad_efla.reporting import live
-    from mad_efla.runs.folder import finished, given_up
+    from mad_efla.runs.folder import finished, permanently_failed
 
     runs = list({r.fingerprint: r for s in sweeps for r in s.runs}.values())
     settled = set(finished(out, [r.fingerprint for r in runs]))
     if not retry_failed:
-        settled |= given_up(out, runs)
+        settled |= permanently_failed(out, runs)
     waiting = [r for r in runs if r.fingerprint not in settled]
     if waiting:
         costs = Costs(runs).read(out)
         with live.Follow(runs, waiting, costs, runner.slots) as follow:
-            runner.perform(Work(waiting, out, costs), watch=follow.update, deadline=deadline, limits=sweeps[0].limits)
+            runner.perform(
+                RunQueue(waiting, out, costs), watch=follow.update, deadline=deadline, limits=sweeps[0].limits
+            )
 
 
 def _explore(
@@ -367,7 +369,7 @@ def status(runs: Path) -> None:
     from mad_efla.reporting import terminal
     from mad_efla.runs import status
 
-    found = status.standings(runs)
+    found = status.sweep_statuses(runs)
     costs = costs.Costs(r for standing in found for r in standing.runs).read(runs)
     lines = [line for standing in found for line in terminal.standing(standing)]
     for line in (*lines, *filter(None, [terminal.left(found, costs)])):
