@@ -24,7 +24,7 @@ import mad_efla.mixers
 import mad_efla.tasks
 from mad_efla import config, plugins
 from mad_efla.cli import cli
-from mad_efla.plan import expand, grid, run
+from mad_efla.plan import expand, grid, request, run
 from mad_efla.runs.schema import Result, Scores, SweepRecord
 from mad_efla.tracking import records
 from tests.tiny import tiny
@@ -150,12 +150,12 @@ def plans() -> str:
     """Write the shipped plans, the keys of a plan, and what each protocol fixes."""
     shipped = []
     for path in config.presets("sweeps"):
-        plan = config.validate(expand.Plan, config.read(path).without("task", "data", "model", "optim", "train"))
+        plan = config.validate(request.Plan, config.read(path).without("task", "data", "model", "optim", "train"))
         shipped.append([f"`{path.stem}`", f"`{plan.protocol}`", plan.about])
     parts = [_table("plan", "protocol", shipped, "what it is")]
     for title, found in (
-        ("Keys of a plan", expand.Plan),
-        ("`choose:`", expand.Choice),
+        ("Keys of a plan", request.Plan),
+        ("`choose:`", request.Choice),
         ("`sample:`", grid.Sample),
         ("`search:`", grid.Search),
         ("A range in `over:`", grid.Range),

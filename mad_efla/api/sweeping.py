@@ -17,13 +17,13 @@ from mad_efla.config import ConfigError
 from mad_efla.execution.choosing import decided, named
 from mad_efla.execution.costs import Costs
 from mad_efla.execution.executors import Executor
-from mad_efla.execution.queue import OutOfTime, Watch, Work
+from mad_efla.execution.queue import OutOfTime, RunQueue, Watch
 from mad_efla.plan.expand import Sweep
 from mad_efla.plan.run import RunConfig
 from mad_efla.reporting import drawing
 from mad_efla.runs.archive import Archive
 from mad_efla.runs.files import ensure_writable, now
-from mad_efla.runs.folder import RunFolder, finished, given_up, mend
+from mad_efla.runs.folder import RunFolder, finished, permanently_failed, quarantine_broken
 from mad_efla.runs.schema import SweepRecord
 from mad_efla.runs.sweeps import read_sweeps, write_sweep
 
@@ -80,7 +80,7 @@ def prepare(sweeps: list[Sweep], out: Path, known: Sequence[Path] = ()) -> tuple
         for fingerprint in sorted(wanted & held.keys()):
             held[fingerprint].unpack(out)
     sweeps = [decided(sweep, out) for sweep in sweeps]
-    return sweeps, mend(out, [r.fingerprint for r in _runs(sweeps)])
+    return sweeps, quarantine_broken(out, [r.fingerprint for r in _runs(sweeps)])
 
 
 def perform(
@@ -173,12 +173,12 @@ def _make(
     runs = _runs(sweeps)
     settled = set(finished(out, [r.fingerprint for r in runs]))
     if not retry_failed:
-        settled |= given_up(out, runs)
+        settled |= permanently_failed(out, runs)
     waiting = [r for r in runs if r.fingerprint not in settled]
     if waiting:
         costs = Costs(runs).read(out)
         with follow(runs, waiting, costs, runner.slots) as shown:
-            _perform(runner, Work(waiting, out, costs), shown.update, deadline, sweeps[0])
+            _perform(runner, RunQueue(waiting, out, costs), shown.update, deadline, sweeps[0])
 
 
 def _explore(
@@ -197,7 +197,7 @@ def _explore(
         _perform(runner, work, shown.update, deadline, sweep)
 
 
-def _perform(runner: Executor, work: Work, watch: Watch, deadline: float, sweep: Sweep) -> None:
+def _perform(runner: Executor, work: RunQueue, watch: Watch, deadline: float, sweep: Sweep) -> None:
     runner.perform(work, watch=watch, deadline=deadline, limits=sweep.limits)
 
 

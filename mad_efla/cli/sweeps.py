@@ -317,7 +317,7 @@ def status(runs: Path) -> None:
     from mad_efla.reporting import terminal
     from mad_efla.runs import status
 
-    found = status.standings(runs)
+    found = status.sweep_statuses(runs)
     costs = costs.Costs(r for standing in found for r in standing.runs).read(runs)
     lines = [line for standing in found for line in terminal.standing(standing)]
     for line in (*lines, *filter(None, [terminal.left(found, costs)])):

@@ -20,7 +20,7 @@ NO_LIMITS = Limits()
 _POLL_SECONDS = 0.2
 
 
-class Meter:
+class LimitMonitor:
     """How long a run takes and how large its process grows, against its limits.
 
     Args:
@@ -32,7 +32,7 @@ class Meter:
         self._limits, self._process = limits, process
         self._since = time.monotonic()
 
-    def passed(self, grace: float = 0.0) -> str:
+    def exceeded(self, grace: float = 0.0) -> str:
         """Say which limit has been passed; empty for none.
 
         Args:
@@ -60,7 +60,7 @@ def attempt(
     about: dict[str, str],
     stop: Callable[[], bool],
     limits: Limits = NO_LIMITS,
-    verdict: Callable[[], str] = lambda: "",
+    prune_reason: Callable[[], str] = lambda: "",
     began: Callable[[], None] = lambda: None,
     *,
     wait: bool = True,
@@ -73,7 +73,7 @@ def attempt(
         about: Of the surroundings, for the result.
         stop: Asked after every step; when true, a checkpoint is written and the run interrupted.
         limits: How long and how large it may grow.
-        verdict: Asked after every step: why a search ends it here; empty to go on.
+        prune_reason: Asked after every step: why a search ends it here; empty to go on.
         began: Called once the run is ours.
         wait: Wait while another sweep makes it.
 
@@ -85,7 +85,7 @@ def attempt(
             if held and folder.result() is None:  # another sweep may just have made it
                 folder.quarantine()
                 began()
-                _make(folder, device, about, stop, limits, verdict)
+                _make(folder, device, about, stop, limits, prune_reason)
             return held
     except Fenced:  # a run taken over is not ours
         return False
@@ -99,9 +99,9 @@ def _make(
     about: dict[str, str],
     stop: Callable[[], bool],
     limits: Limits,
-    verdict: Callable[[], str],
+    prune_reason: Callable[[], str],
 ) -> None:
-    meter = Meter(limits, None)
+    monitor = LimitMonitor(limits, None)
     try:
         folder.begin()
         run = folder.run()
@@ -111,13 +111,13 @@ def _make(
             folder,
             device=device,
             environment=about,
-            stop=lambda: stop() or bool(meter.passed() or verdict()),
+            stop=lambda: stop() or bool(monitor.exceeded() or prune_reason()),
             look=spectrum.training_scalars,
         )
     except Interrupted as error:
-        if reason := verdict():
+        if reason := prune_reason():
             folder.fail("pruned", reason, "")
-        elif reason := meter.passed():
+        elif reason := monitor.exceeded():
             folder.fail("failed", reason, "")
         else:
             folder.fail("interrupted", str(error), "")

@@ -13,7 +13,7 @@ from pathlib import Path
 from mad_efla.analysis import cells
 from mad_efla.plan.expand import Sweep
 from mad_efla.plan.run import RunConfig
-from mad_efla.runs.folder import finished, given_up
+from mad_efla.runs.folder import finished, permanently_failed
 from mad_efla.runs.read import of_runs
 from mad_efla.runs.schema import Planned, planned
 
@@ -30,7 +30,7 @@ def decided(sweep: Sweep, out: Path) -> Sweep:
     checks = [run for run in sweep.runs if run.fingerprint in sweep.checks]
     choosing = [run for run in sweep.runs if run.seed in sweep.choosing and run not in checks]
     results = finished(out, [run.fingerprint for run in choosing])
-    ended = results.keys() | given_up(out, choosing)
+    ended = results.keys() | permanently_failed(out, choosing)
     open_cells = {_cell(run) for run in choosing if run.fingerprint not in ended}
     ready = [run for run in choosing if _cell(run) not in open_cells]
     chosen = cells.chosen(of_runs((), results, choosing=ready)) if ready else []

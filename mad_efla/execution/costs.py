@@ -56,10 +56,10 @@ class Costs:
     def read(self, out: Path) -> "Costs":
         """Learn from the results there are under `out`."""
         for fingerprint, result in finished(out, list(self._kinds)).items():
-            self.learn(fingerprint, result)
+            self.observe_result(fingerprint, result)
         return self
 
-    def learn(self, fingerprint: str, result: Result) -> None:
+    def observe_result(self, fingerprint: str, result: Result) -> None:
         """Learn from a run that has finished."""
         kind = self._kinds[fingerprint]
         seconds, count = self._alike.get(kind.alike, (0.0, 0))
@@ -69,7 +69,7 @@ class Costs:
         self._spent[kind.point] = seconds + result.seconds, tokens + made
         self._rates.clear()
 
-    def notice(self, fingerprint: str, tokens_per_second: float) -> None:
+    def observe_rate(self, fingerprint: str, tokens_per_second: float) -> None:
         """Take the pace of a run under way, for as long as none of its kind has finished."""
         self._pace[self._kinds[fingerprint].point] = 1 / tokens_per_second
         self._rates.clear()
@@ -94,7 +94,7 @@ class Costs:
 
         return max(fingerprints, key=cost)
 
-    def left(self, waiting: Iterable[str], under_way: Mapping[str, float], workers: int) -> float | None:
+    def seconds_left(self, waiting: Iterable[str], under_way: Mapping[str, float], workers: int) -> float | None:
         """Return the seconds until all runs have ended; None while nothing has been seen.
 
         Args:
@@ -166,9 +166,9 @@ def estimate(runs: list[RunConfig], out: Path, sizes: Mapping[str, tuple[int, in
     costs = Costs(runs)
     results = finished(out, [r.fingerprint for r in runs])
     for fingerprint, result in results.items():
-        costs.learn(fingerprint, result)
+        costs.observe_result(fingerprint, result)
     waiting = [r for r in runs if r.fingerprint not in results]
-    left = costs.left([r.fingerprint for r in waiting], {}, workers)
+    left = costs.seconds_left([r.fingerprint for r in waiting], {}, workers)
     if left is None:
         speed = _operations_per_second(waiting[0].train.precision) * _SHARE_OF_MATRIX_SPEED
         guesses = [6 * sizes[r.fingerprint][0] * costs.tokens(r.fingerprint) for r in waiting]

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from mad_efla.config import ConfigError
 from mad_efla.execution.local import Local
-from mad_efla.execution.queue import Watch, Work
+from mad_efla.execution.queue import RunQueue, Watch
 from mad_efla.plan.run import Limits
 
 NAMES = ("local", "ray", "slurm")
@@ -30,7 +30,7 @@ class Executor(Protocol):
     @property
     def slots(self) -> int: ...  # noqa: D102
 
-    def perform(self, work: Work, *, watch: Watch = ..., deadline: float = ..., limits: Limits = ...) -> None:
+    def perform(self, work: RunQueue, *, watch: Watch = ..., deadline: float = ..., limits: Limits = ...) -> None:
         """Make runs until there is no work left; results and failures are in the folders.
 
         Args:

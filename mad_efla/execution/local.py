@@ -7,7 +7,7 @@ import torch
 from mad_efla.config import ConfigError
 from mad_efla.execution import machine, pool
 from mad_efla.execution.attempt import NO_LIMITS
-from mad_efla.execution.queue import Watch, Work
+from mad_efla.execution.queue import RunQueue, Watch
 from mad_efla.plan.run import Limits
 
 
@@ -38,7 +38,12 @@ class Local:
         return max(self.workers, 1)
 
     def perform(
-        self, work: Work, *, watch: Watch = lambda events: None, deadline: float = math.inf, limits: Limits = NO_LIMITS
+        self,
+        work: RunQueue,
+        *,
+        watch: Watch = lambda events: None,
+        deadline: float = math.inf,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         """See `Executor`; work may find its runs as it goes on."""
         pool.perform(work, device=self.device, workers=self.workers, watch=watch, deadline=deadline, limits=limits)

@@ -19,7 +19,7 @@ import torch
 from mad_efla.execution import machine
 from mad_efla.execution.attempt import NO_LIMITS, attempt
 from mad_efla.execution.costs import Costs
-from mad_efla.execution.queue import Event, OutOfTime, Watch, Work, mark_interrupted
+from mad_efla.execution.queue import Event, OutOfTime, RunQueue, Watch, mark_interrupted
 from mad_efla.execution.worker import Worker
 from mad_efla.plan.run import Limits, RunConfig
 from mad_efla.runs.folder import RunFolder
@@ -59,12 +59,12 @@ def execute(
         OutOfTime: The deadline passed; likewise.
         OSError: Nothing can be written any more.
     """
-    work = Work(runs, out, costs or Costs(runs))
+    work = RunQueue(runs, out, costs or Costs(runs))
     perform(work, device=device, workers=workers, watch=watch, deadline=deadline, limits=limits)
 
 
 def perform(
-    work: "Work",
+    work: "RunQueue",
     *,
     device: str,
     workers: int,
@@ -87,7 +87,7 @@ def perform(
 class _Pool:
     """Worker processes that make the runs of a call."""
 
-    def __init__(self, work: Work, workers: int, device: str, about: dict[str, str], limits: Limits):
+    def __init__(self, work: RunQueue, workers: int, device: str, about: dict[str, str], limits: Limits):
         self._work = work
         self._start = functools.partial(Worker, work.out, device, about, limits)
         self._workers = [self._start() for _ in range(workers)]
@@ -124,14 +124,14 @@ class _Pool:
         """Take in what a worker has said, whether it lives, and whether its run went too far."""
         dead = not worker.process.is_alive()  # asked first: what it said before is still heard
         run, ended = worker.run, False
-        for word in worker.heard():
+        for word in worker.poll_messages():
             if word == "ended":
-                worker.run, worker.meter, ended = None, None, True
+                worker.run, worker.monitor, ended = None, None, True
             elif word == "elsewhere":
                 worker.run = None
                 if run:
                     self._attempts[run.fingerprint] -= 1
-                    self._work.again(run, _ELSEWHERE_SECONDS)
+                    self._work.requeue(run, _ELSEWHERE_SECONDS)
             else:
                 raise word
         if dead:
@@ -139,24 +139,24 @@ class _Pool:
             if worker.run:
                 ended = self._died(worker, worker.run)
             worker.pipe.close()
-        elif worker.meter and not worker.doomed and (reason := worker.meter.passed(_GRACE_SECONDS)):
-            worker.doomed = reason
+        elif worker.monitor and not worker.kill_reason and (reason := worker.monitor.exceeded(_GRACE_SECONDS)):
+            worker.kill_reason = reason
             worker.process.kill()
-        elif worker.run and not worker.pruned and (reason := self._work.verdict(worker.run)):
+        elif worker.run and not worker.pruned and (reason := self._work.prune_reason(worker.run)):
             worker.prune(reason)
         return [self._work.ended(run)] if run and ended else []
 
     def _died(self, worker: Worker, run: RunConfig) -> bool:
         """Record why a run lost its worker; False if the run deserves another attempt."""
         folder = RunFolder(self._work.out, run.fingerprint)
-        reason, attempt = worker.doomed, self._attempts[run.fingerprint]
+        reason, attempt = worker.kill_reason, self._attempts[run.fingerprint]
         if not reason and attempt >= ATTEMPTS and folder.result() is None:
             reason = f"its worker died {attempt} times, {_how_it_ended(worker.process.exitcode)}"
         with folder.lock() as free:  # unless another sweep has taken it up since
             if reason and free:
-                folder.fail("failed", reason, "", transient=not worker.doomed)
+                folder.fail("failed", reason, "", transient=not worker.kill_reason)
                 return True
-        self._work.again(run)
+        self._work.requeue(run)
         return False
 
     def _stop(self) -> None:
@@ -184,7 +184,7 @@ def _how_it_ended(exitcode: int | None) -> str:
 
 
 def _in_this_process(
-    work: Work, device: str, about: dict[str, str], watch: Watch, deadline: float, limits: Limits
+    work: RunQueue, device: str, about: dict[str, str], watch: Watch, deadline: float, limits: Limits
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -193,7 +193,12 @@ def _in_this_process(
             folder = RunFolder(work.out, run.fingerprint)
             watch([Event(run, "running", folder)])
             attempt(
-                folder, device, about, lambda: time.monotonic() > deadline, limits, functools.partial(work.verdict, run)
+                folder,
+                device,
+                about,
+                lambda: time.monotonic() > deadline,
+                limits,
+                functools.partial(work.prune_reason, run),
             )
             watch([work.ended(run)])
             if folder.result() is None and time.monotonic() > deadline:

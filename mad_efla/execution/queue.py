@@ -28,7 +28,7 @@ class OutOfTime(Exception):
     """The time that was allowed is over; what was running goes on with the next call."""
 
 
-class Work:
+class RunQueue:
     """The runs that are to be made: which is next, and what each one's end teaches.
 
     Args:
@@ -56,7 +56,7 @@ class Work:
         free = [f for f in self.waiting if self._not_before.get(f, now) <= now]
         return self.waiting.pop(self.costs.longest(free)) if free else None
 
-    def again(self, run: RunConfig, later: float = 0.0) -> None:
+    def requeue(self, run: RunConfig, later: float = 0.0) -> None:
         """Put a run back that has lost its worker, or that another sweep is making.
 
         Args:
@@ -66,7 +66,7 @@ class Work:
         self.waiting[run.fingerprint] = run
         self._not_before[run.fingerprint] = time.monotonic() + later
 
-    def verdict(self, run: RunConfig) -> str:
+    def prune_reason(self, run: RunConfig) -> str:
         """Say why a run under way should be ended; empty to let it go on."""
         del run
         return ""
@@ -81,7 +81,7 @@ class Work:
         folder = RunFolder(self.out, run.fingerprint)
         result = folder.result()
         if result:
-            self.costs.learn(run.fingerprint, result)
+            self.costs.observe_result(run.fingerprint, result)
         self.needs.drop(run)
         return Event(run, folder.status(), folder)
 

@@ -23,7 +23,7 @@ import torch
 from mad_efla.config import ConfigError
 from mad_efla.execution import attempt, machine, pool, processes
 from mad_efla.execution.attempt import NO_LIMITS
-from mad_efla.execution.queue import Watch, Work, mark_interrupted
+from mad_efla.execution.queue import RunQueue, Watch, mark_interrupted
 from mad_efla.execution.schedulers import follow
 from mad_efla.plan.run import Limits
 from mad_efla.runs.files import write_bytes
@@ -81,7 +81,12 @@ class Ray:
         return cores
 
     def perform(
-        self, work: Work, *, watch: Watch = lambda events: None, deadline: float = math.inf, limits: Limits = NO_LIMITS
+        self,
+        work: RunQueue,
+        *,
+        watch: Watch = lambda events: None,
+        deadline: float = math.inf,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         """See `Executor`. Of runs on nodes that do not see their folder, only the end is told."""
         out, longest_first = work.out, list(work)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from mad_efla.execution.queue import Event, OutOfTime, Watch, Work
+from mad_efla.execution.queue import Event, OutOfTime, RunQueue, Watch
 from mad_efla.plan.run import RunConfig
 from mad_efla.runs.folder import RunFolder
 
@@ -11,7 +11,7 @@ _POLL_SECONDS = 0.5
 
 
 def follow(
-    work: Work,
+    work: RunQueue,
     runs: list[RunConfig],
     *,
     ended: Callable[[RunConfig], bool],

@@ -19,7 +19,7 @@ from typing import Any
 
 from mad_efla.config import ConfigError, digest
 from mad_efla.execution.costs import Costs
-from mad_efla.execution.queue import Event, Work
+from mad_efla.execution.queue import Event, RunQueue
 from mad_efla.plan.expand import Space, Sweep
 from mad_efla.plan.grid import Range, Search
 from mad_efla.plan.run import RunConfig
@@ -30,7 +30,7 @@ from mad_efla.runs.sweeps import write_sweep
 _PROPOSALS = 20  # of points that were had before, or cannot be built, until a study is exhausted
 
 
-class Explore(Work):
+class Explore(RunQueue):
     """The trials of a sweep that searches: each is proposed when a worker is free.
 
     Args:
@@ -92,7 +92,7 @@ class Explore(Work):
         self._of[run.fingerprint].ends(run, RunFolder(self.out, run.fingerprint))
         return super().ended(run)
 
-    def verdict(self, run: RunConfig) -> str:
+    def prune_reason(self, run: RunConfig) -> str:
         """Say at which evaluation a trial fell behind, if it did."""
         return self._read(run)
 

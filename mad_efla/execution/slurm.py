@@ -22,7 +22,7 @@ import torch
 from mad_efla.config import ConfigError
 from mad_efla.execution import attempt, machine, pool, processes
 from mad_efla.execution.attempt import NO_LIMITS
-from mad_efla.execution.queue import Watch, Work, mark_interrupted
+from mad_efla.execution.queue import RunQueue, Watch, mark_interrupted
 from mad_efla.execution.schedulers import follow
 from mad_efla.plan.run import Limits, RunConfig
 from mad_efla.runs.folder import RunFolder
@@ -66,7 +66,12 @@ class Slurm:
         self.precision = machine.resolve_precision(self.device) if here else "bfloat16"
 
     def perform(
-        self, work: Work, *, watch: Watch = lambda events: None, deadline: float = math.inf, limits: Limits = NO_LIMITS
+        self,
+        work: RunQueue,
+        *,
+        watch: Watch = lambda events: None,
+        deadline: float = math.inf,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         """See `Executor`; the folder of runs must be seen by all nodes."""
         out, longest_first = work.out, list(work)

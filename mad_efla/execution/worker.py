@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mad_efla.execution import processes
-from mad_efla.execution.attempt import Meter, attempt
+from mad_efla.execution.attempt import LimitMonitor, attempt
 from mad_efla.plan.run import Limits, RunConfig
 from mad_efla.runs.folder import RunFolder
 
@@ -27,23 +27,23 @@ class Worker:
         pipe: Runs go out; `began` and `ended` or `elsewhere` come back, or what a full disk says.
         process: The worker's process.
         run: What it makes; None while it is idle.
-        meter: How long and how large its run has grown, from when it began.
-        doomed: Why it was killed by us.
+        monitor: How long and how large its run has grown, from when it began.
+        kill_reason: Why it was killed by us.
         pruned: Whether its run was told to end.
     """
 
     def __init__(self, out: Path, device: str, about: dict[str, str], limits: Limits):
         self._limits = limits
         self.run: RunConfig | None = None
-        self.meter: Meter | None = None
-        self.doomed, self.pruned = "", False
+        self.monitor: LimitMonitor | None = None
+        self.kill_reason, self.pruned = "", False
         self.pipe, theirs = processes.context.Pipe()
         self.process = processes.start(_serve, theirs, out, device, about, limits, device=device)
         theirs.close()
 
     def hand(self, run: RunConfig) -> None:
         """Give it a run; if it is dead by now, its end will be seen."""
-        self.run, self.meter, self.pruned = run, None, False
+        self.run, self.monitor, self.pruned = run, None, False
         with contextlib.suppress(OSError):
             self.pipe.send(("run", run.fingerprint))
 
@@ -53,14 +53,14 @@ class Worker:
         with contextlib.suppress(OSError):
             self.pipe.send(("prune", reason))
 
-    def heard(self) -> list[Any]:
+    def poll_messages(self) -> list[Any]:
         """Return what it has said of the ends of runs, and measure those that began."""
         said = []
         with contextlib.suppress(EOFError, OSError):
             while self.pipe.poll():
                 said.append(self.pipe.recv())
         if "began" in said:
-            self.meter = Meter(self._limits, self.process.pid)
+            self.monitor = LimitMonitor(self._limits, self.process.pid)
         return [word for word in said if word != "began"]
 
 
@@ -73,7 +73,7 @@ def _serve(
     processes.begin(environment, lambda number, frame: asked.append(number))
     torch.set_num_threads(1)
 
-    def verdict() -> str:
+    def prune_reason() -> str:
         try:
             while not pruned and pipe.poll():
                 pruned.append(pipe.recv()[1])
@@ -91,7 +91,7 @@ def _serve(
             try:
                 with (folder.path / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
                     began = functools.partial(pipe.send, "began")
-                    made = attempt(folder, device, about, lambda: bool(asked), limits, verdict, began, wait=False)
+                    made = attempt(folder, device, about, lambda: bool(asked), limits, prune_reason, began, wait=False)
                 pipe.send("ended" if made else "elsewhere")
             except OSError as error:  # not even the failure could be written
                 pipe.send(error)

@@ -80,7 +80,7 @@ class Follow:
         for row in rows:
             step, metrics = row.step, metrics | row.metrics
         if rows and "train/tokens_per_second" in metrics:
-            self.costs.notice(key, metrics["train/tokens_per_second"])
+            self.costs.observe_rate(key, metrics["train/tokens_per_second"])
         self.running[key] = (event.run, step, metrics)
 
     def _ended(self, event: Event) -> None:
@@ -124,7 +124,7 @@ class Follow:
     def _count(self) -> str:
         if self.proposed:
             return f"{self.ended}/{self.total} trials"
-        left = self.costs.left(self.waiting - self.running.keys(), self._shares(), self.workers)
+        left = self.costs.seconds_left(self.waiting - self.running.keys(), self._shares(), self.workers)
         when = "time left not known yet" if left is None else f"{duration(left)} left"
         return f"{self.ended}/{self.total} runs, {when}"
 

@@ -12,7 +12,7 @@ from mad_efla.plan.run import RunConfig
 from mad_efla.reporting import renderers
 from mad_efla.reporting.table import Table
 from mad_efla.runs.folder import RunFolder
-from mad_efla.runs.status import Standing
+from mad_efla.runs.status import SweepStatus
 from mad_efla.training.fits import Match
 
 _ROLES = {"key": "bold cyan", "stack": "bold cyan", "value": "green"}
@@ -97,7 +97,7 @@ def failure(run: RunConfig, folder: RunFolder) -> str:
     return f"failed: {name(run)}: {reason}\n  {cure}"
 
 
-def standing(found: Standing) -> list[str]:
+def standing(found: SweepStatus) -> list[str]:
     """Say how a sweep stands: counts, what runs, what failed and why."""
     record, total = found.record, len(found.record.fingerprints)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(found.counts.items()))
@@ -110,7 +110,7 @@ def standing(found: Standing) -> list[str]:
     return lines + [f"  unreadable: {note}" for note in found.unreadable]
 
 
-def left(found: list[Standing], costs: Costs) -> str:
+def left(found: list[SweepStatus], costs: Costs) -> str:
     """Say for how much longer sweeps run, by the costs of their runs; empty if none has work.
 
     Runs that several sweeps share count once, and so do the workers, which sweeps of one call have
@@ -122,9 +122,9 @@ def left(found: list[Standing], costs: Costs) -> str:
         return ""
     for key, (_, row) in running.items():
         if row and "train/tokens_per_second" in row.metrics:
-            costs.notice(key, row.metrics["train/tokens_per_second"])
+            costs.observe_rate(key, row.metrics["train/tokens_per_second"])
     under_way = {key: row.step / r.steps if row else 0.0 for key, (r, row) in running.items()}
-    seconds, workers = costs.left(waiting, under_way, len(running)), len(running)
+    seconds, workers = costs.seconds_left(waiting, under_way, len(running)), len(running)
     if seconds is None:
         return "time left: not known yet"
     on = f"on the {workers} that run" if workers else "of one worker, and none runs"

@@ -302,13 +302,13 @@ def finished(out: Path, fingerprints: list[str]) -> dict[str, Result]:
     return {f: result for f, result in found.items() if result}
 
 
-def given_up(out: Path, runs: Iterable[RunConfig]) -> set[str]:
+def permanently_failed(out: Path, runs: Iterable[RunConfig]) -> set[str]:
     """Name the runs that failed by an error of their own, and would again, or were pruned."""
     found = {r.fingerprint: RunFolder(out, r.fingerprint).failure() for r in runs}
     return {f for f, x in found.items() if x and x.kind != "interrupted" and not x.transient}
 
 
-def mend(out: Path, fingerprints: list[str]) -> list[str]:
+def quarantine_broken(out: Path, fingerprints: list[str]) -> list[str]:
     """Set aside what is broken in the folders of runs; return what was found, for the user.
 
     Raises:

@@ -13,7 +13,7 @@ from mad_efla.runs.sweeps import read_sweeps
 _log = logging.getLogger(__name__)
 
 
-class Standing(NamedTuple):
+class SweepStatus(NamedTuple):
     """How a sweep stands.
 
     Attributes:
@@ -35,7 +35,7 @@ class Standing(NamedTuple):
     unreadable: list[str]
 
 
-def standings(out: Path) -> list[Standing]:
+def sweep_statuses(out: Path) -> list[SweepStatus]:
     """Read how every sweep under a folder stands, oldest first.
 
     Raises:
@@ -47,7 +47,7 @@ def standings(out: Path) -> list[Standing]:
         _log.warning("left out: %s", problem)
     if not records:
         raise ConfigError(f"{out}: holds no sweep; run `mad-efla sweep` first, or name its folder")
-    return [_standing(record, out) for record in records]
+    return [_sweep_status(record, out) for record in records]
 
 
 def find(out: Path, name: str) -> RunFolder:
@@ -64,7 +64,7 @@ def find(out: Path, name: str) -> RunFolder:
     return RunFolder(out, found[0])
 
 
-def _standing(record: SweepRecord, out: Path) -> Standing:
+def _sweep_status(record: SweepRecord, out: Path) -> SweepStatus:
     counts: dict[Status, int] = {}
     runs, waiting, running, failed, unreadable = [], [], [], [], []
     for fingerprint in record.fingerprints:
@@ -88,4 +88,4 @@ def _standing(record: SweepRecord, out: Path) -> Standing:
             failed.append((run, failure))
         elif status in ("waiting", "interrupted"):
             waiting.append(run)
-    return Standing(record, runs, counts, waiting, running, failed, unreadable)
+    return SweepStatus(record, runs, counts, waiting, running, failed, unreadable)

@@ -11,7 +11,7 @@ MAMBA = [{"name": "mamba2", "heads": 2}]
 
 
 def seen(costs, run, seconds, steps=None):
-    costs.learn(run.fingerprint, result(run.fingerprint, seconds=seconds, steps=steps or run.steps))
+    costs.observe_result(run.fingerprint, result(run.fingerprint, seconds=seconds, steps=steps or run.steps))
 
 
 def test_costs_come_from_the_most_similar_runs_seen():
@@ -44,10 +44,10 @@ def test_a_run_that_stopped_early_is_cheap_for_its_like_and_not_per_token():
 def test_the_pace_of_what_runs_counts_until_one_has_finished():
     run, like = tiny(), tiny(train__steps=60)
     costs = Costs([run, like])
-    costs.notice(run.fingerprint, 100.0)
+    costs.observe_rate(run.fingerprint, 100.0)
     assert costs.seconds(like.fingerprint) == costs.tokens(like.fingerprint) / 100
     seen(costs, run, 5.0)
-    costs.notice(run.fingerprint, 1.0)
+    costs.observe_rate(run.fingerprint, 1.0)
     assert costs.seconds(like.fingerprint) == pytest.approx(10.0)
 
 
@@ -56,12 +56,12 @@ def test_the_time_left_is_shared_by_workers_and_no_less_than_the_longest_run():
     names = [r.fingerprint for r in runs]
     costs = Costs(runs)
     assert costs.longest(names) == names[2]
-    assert costs.left(names, {}, 2) is None
+    assert costs.seconds_left(names, {}, 2) is None
     seen(costs, runs[0], 10.0)
-    assert costs.left(names, {}, 1) == pytest.approx(120.0)
-    assert costs.left(names, {}, 2) == pytest.approx(100.0)
-    assert costs.left(names[:2], {names[2]: 0.9}, 2) == pytest.approx(15.0)
-    assert costs.left([], {}, 2) == 0.0
+    assert costs.seconds_left(names, {}, 1) == pytest.approx(120.0)
+    assert costs.seconds_left(names, {}, 2) == pytest.approx(100.0)
+    assert costs.seconds_left(names[:2], {names[2]: 0.9}, 2) == pytest.approx(15.0)
+    assert costs.seconds_left([], {}, 2) == 0.0
 
 
 def test_an_estimate_says_what_it_rests_on(tmp_path):

@@ -14,7 +14,7 @@ import torch
 
 from mad_efla.execution import pool
 from mad_efla.execution.costs import Costs
-from mad_efla.execution.queue import Work
+from mad_efla.execution.queue import RunQueue
 from mad_efla.plan.run import Limits
 from mad_efla.runs.folder import RunFolder
 from tests.runs.test_folder import result
@@ -182,16 +182,16 @@ def test_the_longest_that_is_left_goes_first_and_ends_teach_what_is_long(tmp_pat
     seen = run_all(runs, tmp_path, workers=0, costs=costs)
     assert [f for f, s in seen if s == "running"] == [runs[i].fingerprint for i in (1, 2, 0)]
     assert not (tmp_path / "runs" / "data").exists()
-    work = Work([tiny(seed=8, train__steps=n) for n in (5, 20)], tmp_path, Costs([]))
+    work = RunQueue([tiny(seed=8, train__steps=n) for n in (5, 20)], tmp_path, Costs([]))
     slow, quick = work.waiting.values()
     work.costs = Costs([slow, quick])
-    work.costs.learn(slow.fingerprint, result(slow.fingerprint, seconds=100.0, steps=5))
-    work.costs.learn(quick.fingerprint, result(quick.fingerprint, seconds=1.0, steps=20))
+    work.costs.observe_result(slow.fingerprint, result(slow.fingerprint, seconds=100.0, steps=5))
+    work.costs.observe_result(quick.fingerprint, result(quick.fingerprint, seconds=1.0, steps=20))
     assert work.next() is slow
 
 
-class _Prunes(Work):
-    def verdict(self, run):
+class _Prunes(RunQueue):
+    def prune_reason(self, run):
         logged = run.steps > 1000 and RunFolder(self.out, run.fingerprint).rows()[0]
         return "pruned at step 10" if logged else ""
 

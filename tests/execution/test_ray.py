@@ -13,7 +13,7 @@ import torch
 
 from mad_efla.execution import attempt
 from mad_efla.execution.costs import Costs
-from mad_efla.execution.queue import Work
+from mad_efla.execution.queue import RunQueue
 from mad_efla.plan import expand
 from mad_efla.runs.folder import RunFolder
 from tests.tiny import write_files
@@ -178,7 +178,7 @@ def test_without_a_shared_folder_the_files_come_home(nodes, runs, quiet, monkeyp
     assert begun.failure().kind == "interrupted"
     monkeypatch.setattr(ray, "_probe", nowhere)
     seen = []
-    choose("ray").perform(Work(runs, Path("there"), Costs(runs)), watch=lambda events: seen.extend(events))
+    choose("ray").perform(RunQueue(runs, Path("there"), Costs(runs)), watch=lambda events: seen.extend(events))
     assert sorted(e.run.fingerprint for e in seen) == sorted(r.fingerprint for r in runs)
     assert {e.status for e in seen} == {"finished"}
     assert_made_once_with_equal_bits(runs, quiet)

@@ -14,7 +14,7 @@ from mad_efla.cli import cli
 from mad_efla.config import ConfigError
 from mad_efla.execution import pool, search
 from mad_efla.execution.costs import Costs
-from mad_efla.runs.folder import RunFolder, finished, given_up
+from mad_efla.runs.folder import RunFolder, finished, permanently_failed
 from mad_efla.runs.read import of_runs
 from mad_efla.runs.schema import Row, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps
@@ -120,7 +120,7 @@ def test_what_lags_behind_is_pruned_with_its_step_and_not_made_again(tmp_path, l
         assert failure.reason.startswith("at step ")
         assert folder.load_checkpoint()["step"] < 120
         assert folder.result() is None
-    assert given_up(tmp_path / "runs", runs) == {r.fingerprint for r in pruned}
+    assert permanently_failed(tmp_path / "runs", runs) == {r.fingerprint for r in pruned}
     assert explore(tmp_path, PRUNED, train__steps=120) == runs
 
 

@@ -14,7 +14,7 @@ import torch
 from mad_efla.config import ConfigError
 from mad_efla.execution import pool
 from mad_efla.execution.costs import Costs
-from mad_efla.execution.queue import OutOfTime, Work
+from mad_efla.execution.queue import OutOfTime, RunQueue
 from mad_efla.runs.folder import RunFolder
 from tests.tiny import tiny
 
@@ -130,7 +130,7 @@ def test_what_sbatch_refuses_is_told_in_its_own_words(scheduler):
 def test_jobs_and_this_process_give_equal_bits(tmp_path, slurm):
     runs = [tiny(seed=s) for s in range(2)]
     seen = []
-    slurm.perform(Work(runs, tmp_path / "jobs", Costs(runs)), watch=seen.extend)
+    slurm.perform(RunQueue(runs, tmp_path / "jobs", Costs(runs)), watch=seen.extend)
     assert {e.run.fingerprint for e in seen if e.status == "finished"} == {r.fingerprint for r in runs}
     pool.execute(runs, tmp_path / "here", device="cpu", workers=0)
     for run in runs:
@@ -149,7 +149,7 @@ def test_a_stopped_sweep_cancels_its_jobs_and_goes_on(tmp_path, slurm):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        slurm.perform(Work([run], tmp_path, Costs([run])), watch=stop_once_begun)
+        slurm.perform(RunQueue([run], tmp_path, Costs([run])), watch=stop_once_begun)
     ended = threading.Event()
     for _ in range(600):  # the job's process ends a little later than its driver
         if folder.status() == "interrupted" and folder.load_checkpoint():
@@ -157,7 +157,7 @@ def test_a_stopped_sweep_cancels_its_jobs_and_goes_on(tmp_path, slurm):
         ended.wait(0.1)
     assert folder.load_checkpoint()["step"] > 0
     with pytest.raises(OutOfTime):
-        slurm.perform(Work([run], tmp_path, Costs([run])), deadline=0.0)
+        slurm.perform(RunQueue([run], tmp_path, Costs([run])), deadline=0.0)
 
 
 @pytest.mark.cluster
@@ -176,7 +176,7 @@ def test_on_a_real_cluster_a_killed_job_is_told_of_and_made_again(tmp_path, monk
 
     for watch in (kill_once_begun, lambda events: None):
         slurm.Slurm("cpu", 2, 1).perform(
-            Work([run], tmp_path, Costs([run])), watch=watch, deadline=time.monotonic() + 120
+            RunQueue([run], tmp_path, Costs([run])), watch=watch, deadline=time.monotonic() + 120
         )
         if watch is kill_once_begun:
             assert folder.failure().transient
@@ -198,7 +198,7 @@ def test_on_a_real_cluster_a_stopped_sweep_leaves_checkpoints_and_no_jobs(tmp_pa
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        Slurm("cpu", 2, 1).perform(Work([run], tmp_path, Costs([run])), watch=stop_once_begun)
+        Slurm("cpu", 2, 1).perform(RunQueue([run], tmp_path, Costs([run])), watch=stop_once_begun)
     for _ in range(100):
         if folder.status() == "interrupted" and not _queued(tmp_path):
             break

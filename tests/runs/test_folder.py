@@ -15,7 +15,7 @@ from mad_efla.execution.attempt import attempt
 from mad_efla.execution.queue import mark_interrupted
 from mad_efla.runs import claims
 from mad_efla.runs.files import ensure_writable, write_bytes
-from mad_efla.runs.folder import RunFolder, mend
+from mad_efla.runs.folder import RunFolder, quarantine_broken
 from mad_efla.runs.schema import Result, Row, Scores, SweepRecord
 from mad_efla.runs.sweeps import read_sweeps, write_sweep
 from tests.tiny import tiny
@@ -89,11 +89,11 @@ def test_a_broken_result_is_said_by_readers_and_set_aside_by_sweeps(folder, brok
     assert folder.result() is None and folder.status() == "waiting"
     assert folder.notes == [f"{path}: cannot be read; its sweep makes the run again"]
     assert sorted(folder.path.iterdir()) == before and path.read_bytes() == broken
-    (note,) = mend(folder.path.parent, [folder.fingerprint])
+    (note,) = quarantine_broken(folder.path.parent, [folder.fingerprint])
     assert "set aside as result.json.broken-1" in note
     assert (folder.path / "result.json.broken-1").read_bytes() == broken
     path.write_bytes(broken)
-    mend(folder.path.parent, [folder.fingerprint])
+    quarantine_broken(folder.path.parent, [folder.fingerprint])
     assert (folder.path / "result.json.broken-2").exists()
 
 
@@ -105,7 +105,7 @@ def test_a_newer_versions_result_is_touched_by_nobody(folder):
     assert folder.result() is None
     assert "written by a newer version" in folder.notes[0]
     with pytest.raises(ConfigError, match=r"newer version.*update mad-efla, or name another --out"):
-        mend(folder.path.parent, [folder.fingerprint])
+        quarantine_broken(folder.path.parent, [folder.fingerprint])
     assert {p: p.read_bytes() for p in folder.path.iterdir()} == before
     assert attempt(folder, "cpu", {}, lambda: False)
     assert path.read_bytes() == before[path]

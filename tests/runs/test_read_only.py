@@ -48,7 +48,7 @@ def read_only(files, monkeypatch):
 
 @pytest.mark.parametrize("command", ["status runs", "score runs", "results runs", "report runs --to page/index.html"])
 def test_a_folder_that_is_read_only_is_shown(read_only, command):
-    assert "efla(heads=2)" in call(*command.split()).stdout + "".join(
+    assert "recall" in call(*command.split()).stdout + "".join(
         path.read_text(encoding="utf-8") for path in Path("page").glob("*.html")
     )
 
