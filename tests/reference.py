@@ -24,7 +24,7 @@ import mad_efla.mixers
 import mad_efla.tasks
 from mad_efla import config, plugins
 from mad_efla.cli import cli
-from mad_efla.plan import expand, grid, request, run
+from mad_efla.plan import expand, grid, protocols, request, run
 from mad_efla.runs.schema import Result, Scores, SweepRecord
 from mad_efla.tracking import records
 from tests.tiny import tiny
@@ -166,11 +166,27 @@ def plans() -> str:
         ("`train:`", run.TrainConfig),
     ):
         parts += [f"### {title}", fields(found)]
-    parts.append("### What a protocol fixes\n\nA run that departs from it must be called `custom`.")
-    for name, fixed in run.PROTOCOLS.items():
-        rows = [[f"`{field}`", ", ".join(_code(value) for value in values)] for field, values in fixed.items()]
+    parts.append(
+        "### What a protocol fixes\n\nEverything that moves a number, by the shipped plan of its name; a run that departs "
+        "from it is `custom`. The fields of a task are those of its file and of the plan's settings."
+    )
+    for name in ("mad", "mad-lab", "mad-mini", "quick"):
+        definitions = [d for t in catalogue_names() if (d := protocols.definition(name, t))]
+        held = {f: {protocols.written(r.get(f)) for d in definitions for r in d.runs} for f in _fixed(definitions)}
+        rows = [[f"`{field}`", ", ".join(f"`{v}`" for v in sorted(values))] for field, values in sorted(held.items())]
         parts += [f"`{name}`:", _table("field", "values", rows)]
+    free = [[name, text] for name, text in protocols.FREE.items()]
+    parts += ["Every protocol leaves free:", _table("field", "what is free", free), protocols.NOT_IN_RUNS]
     return "\n\n".join(parts)
+
+
+def catalogue_names() -> list[str]:
+    """Return the names of all tasks that have a file."""
+    return sorted({str(config.read(path).part("task").data["name"]) for path in config.presets("tasks")})
+
+
+def _fixed(definitions: list[protocols.Definition]) -> list[str]:
+    return list({f for d in definitions for run in d.runs for f in run if not f.startswith("task")})
 
 
 def fields(found: type[BaseModel]) -> str:
@@ -283,7 +299,7 @@ def _tags(example: run.RunConfig) -> list[str]:
         environment={"git_commit": "0" * 40}, data_digest="", stopped="", chosen_step=0, status="finished"
     )
     record = SweepRecord.model_construct(id="", protocol="", task="", plan="", command="")
-    return [*records.cell_tags(example), *records.result_tags(ended), *records.sweep_tags(record)]
+    return [*records.cell_tags(example, ""), *records.result_tags(ended), *records.sweep_tags(record, "")]
 
 
 def _first_line(found: type) -> str:

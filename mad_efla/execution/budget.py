@@ -55,7 +55,7 @@ def fit(sweeps: list[Sweep], plan: Sequence[int], seconds: float, cost: Cost) ->
     kept: tuple[list[Sweep], int, int] | None = None
     for settings, count in _levels(sweeps, plan):
         cut = [_cut(sweep, settings, seeds(plan, sweep.choosing)[:count], plan) for sweep in sweeps]
-        needed = cost([run for sweep in cut for run in _runs(sweep)])
+        needed = cost([run for sweep in cut for run in sweep.whole])
         if needed > seconds:
             if kept is None:
                 raise ConfigError(
@@ -98,9 +98,3 @@ def _cut(sweep: Sweep, settings: int, own: Sequence[int], plan: Sequence[int]) -
 
     measured = {key: kept for key, runs in sweep.measured.items() if (kept := [r for r in runs if holds(r)])}
     return sweep._replace(runs=[r for r in sweep.runs if holds(r)], measured=measured)
-
-
-def _runs(sweep: Sweep) -> list[RunConfig]:
-    """Return all runs of a sweep, of every cell those of one point where points are chosen."""
-    of_cell = {key[:3]: runs for key, runs in sweep.measured.items()}
-    return [*sweep.runs, *(run for runs in of_cell.values() for run in runs)]

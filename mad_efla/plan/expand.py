@@ -82,6 +82,13 @@ class Sweep(NamedTuple):
     notes: Sequence[str] = ()
 
     @property
+    def whole(self) -> list[RunConfig]:
+        """All runs that it will have: `runs`, and of every cell those that measure one point."""
+        of_cell = {key[:3]: own for key, own in self.measured.items()}
+        made = {run.fingerprint for run in self.runs}
+        return [*self.runs, *(r for own in of_cell.values() for r in own if r.fingerprint not in made)]
+
+    @property
     def id(self) -> str:
         """Hash of what the sweep consists of."""
         runs = [r for r in self.runs if not self.measured or r.seed in self.choosing or r.fingerprint in self.checks]

@@ -173,7 +173,7 @@ def _count(asked: Request) -> int:
             choosing += 1
         else:
             measured.add((cell.label, cell.index, cell.seed))
-    return choosing + len(measured)
+    return choosing + len(measured) + sum(1 for _ in layers.checks(asked))
 
 
 def _time(path: Path, tasks: list[str], out: Path, workers: int) -> str:
@@ -181,11 +181,11 @@ def _time(path: Path, tasks: list[str], out: Path, workers: int) -> str:
     if not (out / "sweeps").is_dir():
         return _UNKNOWN
     precision = machine.resolve_precision("cpu")
-    runs = [run for task in tasks for run in expand.expand(task, str(path), (), precision).runs]
+    runs = [run for task in tasks for run in expand.expand(task, str(path), (), precision).whole]
     found = costs.Costs(runs).read(out)
     if not all(found.is_seen(run.fingerprint) for run in runs):
         return _UNKNOWN
-    seconds = found.left([run.fingerprint for run in runs], {}, workers)
+    seconds = found.seconds_left([run.fingerprint for run in runs], {}, workers)
     return _UNKNOWN if seconds is None else terminal.duration(seconds)
 
 
