@@ -30,6 +30,7 @@ from mad_efla.training.promises import (
     _close,
     _must,
     hold,
+    seeds_decide_weights,
     shapes_types_and_ids_are_as_stated,
     split_sizes,
     splits_are_disjoint,
@@ -46,8 +47,8 @@ def check(name: str, assignments: Iterable[str] = (), width: int = 32) -> tuple[
         width: Width of the model, for mixers.
 
     Returns:
-        `mixer`, `layer` or `task`, and a finding per promise; a layer that does not run has none of
-        the promises that it would have to run for.
+        `mixer`, `layer` or `task`, and a finding per promise; one whose weights are not set, or
+        that does not run, is not looked at any further.
 
     Raises:
         ConfigError: There is no such plug-in, or its fields are wrong.
@@ -72,7 +73,7 @@ def check(name: str, assignments: Iterable[str] = (), width: int = 32) -> tuple[
     findings = []
     for promise in promises:
         findings.append(hold(promise, mixer))
-        if promise is trains and findings[-1].broken:
+        if promise in (seeds_decide_weights, trains) and findings[-1].broken:
             break
     return "layer" if guest else "mixer", findings
 

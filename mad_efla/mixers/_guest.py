@@ -445,8 +445,9 @@ def _carried(layer: nn.Module, width: int, length: int) -> int | None:
         return sum(t.numel() for t in _tensors(layer(x)[1]))
     accepted = inspect.signature(layer.forward).parameters
     slot = next((name for name in _CACHES if name in accepted), None)
-    package = type(layer).__module__.partition(".")[0]
-    if slot is None or package not in ("transformers", "fla"):
+    packages = [base.__module__.partition(".")[0] for base in type(layer).__mro__]
+    package = next((p for p in packages if p in ("transformers", "fla")), None)
+    if slot is None or package is None:
         return None
     if package == "fla":
         cache = importlib.import_module("fla.models.utils").Cache()

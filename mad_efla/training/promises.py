@@ -274,6 +274,7 @@ def is_causal(mixer: MixerUnderTest) -> None:
         for t in sorted({0, min(3, n - 2), min(15, n - 2), n - 2} - {-1}):
             (gradient,) = torch.autograd.grad(y[:, t].pow(2).sum(), x, retain_graph=True)
             sizes = gradient.abs().amax(dim=(0, 2))
+            _must(bool(sizes.isfinite().all()), f"the gradient of the output at token {t} is not finite")
             own = mode or issubclass(mixer.kind, Guest) or sizes[t] > 0  # dropout may hide a token from itself
             _must(own, f"the output at token {t} ignores token {t}")
             later = sizes[t + 1 :]

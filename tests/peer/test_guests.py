@@ -19,6 +19,7 @@ pytestmark = pytest.mark.peer
 WIDTH = 32
 MODELS = "transformers.models"
 DELTA = {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+KIMI = f"{MODELS}.kimi_linear.modeling_kimi_linear"
 QWEN = f"{MODELS}.qwen3_next.modeling_qwen3_next:Qwen3NextGatedDeltaNet"
 GUESTS = {
     QWEN: (DELTA, 4 * 8 * 8 + 3 * 32 * 4, (*DELTA_RULES, *CONVOLUTIONS)),
@@ -27,7 +28,7 @@ GUESTS = {
         4 * 8 * 8 + 3 * 32 * 4,
         (*DELTA_RULES, *CONVOLUTIONS),
     ),
-    f"{MODELS}.kimi_linear.modeling_kimi_linear:KimiLinearDeltaAttention": (
+    "tests.peer.kimi:Kimi": (
         {"linear_num_heads": 4, "linear_head_dim": 8},
         4 * 8 * 8 + 3 * 32 * 4,
         ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention", *CONVOLUTIONS),
@@ -47,7 +48,8 @@ GUESTS = {
 def in_torch(monkeypatch, name, operators):
     """Take a layer's torch forms, which run anywhere, where a faster package's are installed."""
     if operators:
-        unwrap(monkeypatch, peer(name.partition(":")[0]), *operators)
+        module = KIMI if name == "tests.peer.kimi:Kimi" else name.partition(":")[0]
+        unwrap(monkeypatch, peer(module), *operators)
 
 
 @pytest.mark.parametrize("name", GUESTS)
@@ -117,6 +119,14 @@ def test_their_kernels_are_refused_on_a_cpu_in_a_sentence(files):
     mixers = f"mixers=[{{name: '{QWEN}', linear_num_key_heads: 4, linear_num_value_heads: 4}}]"
     with pytest.raises(ConfigError, match=r"it needs a CUDA device \(RuntimeError: 0 active drivers"):
         fits.check(expand.expand("task.yaml", "plan.yaml", [mixers], "float32"))
+
+
+def test_a_layer_whose_weights_its_model_sets_is_refused_with_the_cure(monkeypatch):
+    unwrap(monkeypatch, peer(KIMI), *GUESTS["tests.peer.kimi:Kimi"][2])
+    fields = ["linear_num_heads=4", "linear_head_dim=8"]
+    _, found = contract.check(f"{KIMI}:KimiLinearDeltaAttention", fields, WIDTH)
+    assert len(found) == 1
+    assert "dt_bias holds numbers that nobody set" in found[0].broken
 
 
 def test_a_field_that_their_configuration_does_not_know_is_refused():
