@@ -76,18 +76,22 @@ TAGS = {
     "mad.plan": "the plan's name",
     "mad.command": "what was typed",
     "mad.model": "name and version of the model, where `--log-model` logged one",
+    "mad.owner": "the word of the folder of runs that it was made in: a run belongs to whoever made it",
+    "mad.host": "the machine that told MLflow",
+    "mad.state_size": "`unknown` where a layer does not say what it carries",
+    "mad.artifacts": "`missing` while files are still to come, else `complete`",
     "mlflow.user": "who made the run",
     "mlflow.source.type": "always `LOCAL`",
     "mlflow.source.name": "always `mad-efla`",
     "mlflow.source.git.commit": "the commit the run was made at",
-    "mlflow.note.content": "why the run failed or diverged; of a sweep, its counts and its table",
+    "mlflow.note.content": "why the run failed or diverged; of a sweep, its counts, its verdict and its table",
 }
 
 
 def page() -> str:
     """Write the whole page."""
     parts = {"commands": commands, "tasks": tasks, "mixers": mixers, "plans": plans, "mlflow": mlflow}
-    frame = Path(__file__).with_name("reference.md").read_text()
+    frame = Path(__file__).with_name("reference.md").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]](), frame)
 
 
@@ -279,7 +283,7 @@ def mlflow() -> str:
     rows.append([", ".join(f"`sweep/{name}`" for name in records.MLFLOW_STATUS), "how many runs of a sweep are"])
     example = tiny()
     named = {re.sub(r"mad\.env\..*", "mad.env.NAME", tag): None for tag in _tags(example)}
-    tags = [[f"`{tag}`", TAGS[tag]] for tag in (*named, "mad.model", "mlflow.note.content")]
+    tags = [[f"`{tag}`", TAGS[tag]] for tag in (*named, "mad.artifacts", "mad.model", "mlflow.note.content")]
     parameters = ", ".join(f"`{name}`" for name in records.parameters(example))
     return "\n\n".join(
         [
@@ -296,7 +300,7 @@ def mlflow() -> str:
 
 def _tags(example: run.RunConfig) -> list[str]:
     ended = Result.model_construct(
-        environment={"git_commit": "0" * 40}, data_digest="", stopped="", chosen_step=0, status="finished"
+        environment={"git_commit": "0" * 40}, data_digest="", stopped="", chosen_step=0, status="finished", state_size=None
     )
     record = SweepRecord.model_construct(id="", protocol="", task="", plan="", command="")
     return [*records.cell_tags(example, ""), *records.result_tags(ended), *records.sweep_tags(record, "")]
