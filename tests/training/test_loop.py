@@ -59,6 +59,7 @@ def test_a_tiny_run_learns_and_writes_everything(tmp_path):
         "spectrum/horizon_beyond",
         "spectrum/state_effective_rank",
         "spectrum/state_capacity_used",
+        "spectrum/effective_remembrance_p50",
     }
     weights = folder.load_model()
     assert weights.keys() == model.build(run).state_dict().keys()
