@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from mad_efla.config import ConfigError
 from mad_efla.reporting import figures
+from mad_efla.reporting.figures import style
 
 if TYPE_CHECKING:
     from mad_efla.api.runs import Run, Runs
@@ -26,13 +27,20 @@ __all__ = [
     "learning",
     "learning_rate",
     "memory",
+    "mixers_by_tasks",
     "spectra",
+    "style",
 ]
 
 
 def leaderboard(runs: "Runs", *, width: float = figures.PAGE) -> Figure:
     """Draw each mixer's mean test accuracy with its 95 % interval over seeds, the highest first."""
     return _chart(runs, "scores", width)
+
+
+def mixers_by_tasks(runs: "Runs", *, width: float = figures.PAGE) -> Figure:
+    """Draw mean test accuracy as a heat map of mixers by tasks; of two tasks at least."""
+    return _chart(runs, "mixers by tasks", width)
 
 
 def forest(runs: "Runs", *, width: float = figures.PAGE) -> Figure:

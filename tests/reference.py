@@ -300,7 +300,12 @@ def mlflow() -> str:
 
 def _tags(example: run.RunConfig) -> list[str]:
     ended = Result.model_construct(
-        environment={"git_commit": "0" * 40}, data_digest="", stopped="", chosen_step=0, status="finished", state_size=None
+        environment={"git_commit": "0" * 40},
+        data_digest="",
+        stopped="",
+        chosen_step=0,
+        status="finished",
+        state_size=None,
     )
     record = SweepRecord.model_construct(id="", protocol="", task="", plan="", command="")
     return [*records.cell_tags(example, ""), *records.result_tags(ended), *records.sweep_tags(record, "")]

@@ -40,6 +40,16 @@ def test_a_notebook_opens_with_its_question_and_ends_in_words(path):
     assert cells(path, "markdown")[-1].startswith("**What one sees.**")
 
 
+INSIDE = {"04_exactness", "05_your_own_mixer", "07_robustness"}  # what these need is not in the public face yet
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem not in INSIDE], ids=lambda p: p.stem)
+def test_a_notebook_uses_the_public_face_alone(path):
+    for text in cells(path, "code"):
+        assert not re.search(r"(from|import) mad_efla\.(?!plot\b)", text), text
+        assert not re.search(r"from mad_efla import (?!plot\b)", text), text
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_code_calls_the_package_and_defines_nothing(path):
     for text in cells(path, "code"):
