@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
 sweep: install
@@ -40,7 +40,7 @@ notebooks-test: $(VENV)/.notebooks
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --nbmake --nbmake-timeout=300 build/notebooks/*.ipynb
 
 $(VENV)/.notebooks: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebooks]'
 	touch $@
 
 # The pictures of the tasks; a test holds them to these commands.
@@ -71,7 +71,7 @@ peer: $(VENV)/.peer
 	$(BIN)/python -m pytest -m peer tests/peer
 
 $(VENV)/.peer: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[peer]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peer]'
 	touch $@
 
 # A Ray cluster of two nodes, one killed under a sweep, and Slurm's jobs without its queue; 250 MB on disk.
@@ -79,7 +79,7 @@ cluster: $(VENV)/.cluster
 	$(BIN)/python -m pytest -m cluster tests/execution
 
 $(VENV)/.cluster: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[ray,slurm]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,slurm]'
 	touch $@
 
 # Fifty kills of a sweep's processes, and a count of what was lost, doubled or differs.
