@@ -56,6 +56,7 @@ SPECTRUM = {
     "state_effective_rank": "directions of the state in use at the end of a sequence",
     "state_capacity_used": "the same as a share of what the state could hold, in [0, 1]",
     "reach_distance": "how far back attention looks, tokens",
+    "effective_remembrance_p50": "how far the last answer depends on the first half of the sequence, in [0, 1]",
     "reach_entropy": "how widely it looks: entropy of its weights, nats",
 }
 TAGS = {
