@@ -168,7 +168,7 @@ def effective_remembrance(
         tokens: Sequences.
         starts: The tokens t, each at least 1 and below L.
 
-    Source: Buitrago and Gu 2025, arXiv 2507.02782, section 3.
+    Source: Buitrago and Gu 2025, arXiv 2507.02782.
     """
     whole = model(tokens)[:, -1].double().softmax(-1)
     cut = [model(tokens[:, t:])[:, -1].double().softmax(-1) for t in starts]

@@ -3,7 +3,7 @@
     BaseConv   y = (x W + b) * (h conv x + c)                      as zoology's is called
     Attention  softmax(q k^T / sqrt(Dh)) v over the past           as mad-lab's is called
 
-Source: Arora et al. 2023, arXiv 2312.04927, section 4; Vaswani et al. 2017, arXiv 1706.03762, Eq. 1.
+Source: Arora et al. 2023, arXiv 2312.04927; Vaswani et al. 2017, arXiv 1706.03762, Eq. 1.
 """
 
 import torch
