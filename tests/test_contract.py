@@ -181,7 +181,6 @@ MIXERS = {
     Loses: ("survives_saving", "register_buffer keeps it"),
     Blind: ("trains", "does not depend on its input"),
     Detaches: ("trains", "its output carries no gradient"),
-    Switches: ("leaves_the_process_alone", r"it leaves the default type .* at torch.float64, which was torch.float32"),
     Seeds: ("leaves_the_process_alone", "it seeds torch's generator"),
     Unsized: ("has_a_size", "who knows"),
     Rounds: ("runs_under_autocast", "it is off by"),
@@ -231,6 +230,16 @@ def test_a_projection_that_starts_at_zero_passes_with_a_word():
     assert "it starts as zero: looked at with small weights for out" in [f.word for f in found]
     assert any("it draws from Python's generator" in f.word for f in found)
     assert not [f for f in found if f.broken]
+
+
+def test_a_layer_that_throws_a_switch_is_named_and_not_refused():
+    (promise,) = (p for p in EVERY if p.__name__ == "leaves_the_process_alone")
+    found = contract.hold(promise, MixerUnderTest(Switches, Decay.Config()))
+    assert not found.broken
+    assert re.search(
+        r"it leaves the default type .* at torch.float64, which was torch.float32; a run gives it back", found.word
+    )
+    assert torch.get_default_dtype() == torch.float32
 
 
 class OnlyForward(Mixer):
