@@ -92,5 +92,5 @@ def test_a_section_ends_where_any_heading_of_the_users_begins():
     from mad_efla.reporting import results
 
     after = "Mein Fazit → schön\r\n==================\r\n\r\n## quick und mehr\r\n\r\nTab\there \r\n"
-    page = results.page({"quick": "## quick\n\nnew\n"}, "# Über uns\r\n\r\n## quick\r\n\r\nold\r\n\r\n" + after)
+    page = results.into({"quick": "## quick\n\nnew\n"}, "# Über uns\r\n\r\n## quick\r\n\r\nold\r\n\r\n" + after)
     assert page == "# Über uns\r\n\r\n## quick\n\nnew\n\n" + after

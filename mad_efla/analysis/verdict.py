@@ -28,6 +28,8 @@ def sentences(board: Leaderboard) -> list[str]:
     Returns:
         Whole sentences, the most important first; none where no run is done.
     """
+    if board.protocol == "exploring":
+        return ["Each mixer's points were proposed from what its earlier ones reached, so mixers are not compared."]
     own = {m.mixer: [c for c in board.cells if c.mixer == m.mixer] for m in board.mixers}
     ranked = [m for m in board.mixers if m.rank is not None and m.average]
     lost = [m.mixer for m in board.mixers if own[m.mixer] and all(map(at_chance, own[m.mixer]))]

@@ -102,7 +102,7 @@ def _step_time(
 def write_steps(path: Path, times: list[StepTime], device: str) -> None:
     """Append the times of training steps to a file, one JSON object a line, with the machine."""
     found = machine.environment(device)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         for t in times:
             line = {
                 "setting": t.run.setting,

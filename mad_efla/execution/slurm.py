@@ -136,7 +136,7 @@ def array_size() -> int:
     """Return how many jobs an array of this cluster may have: its MaxArraySize, if it says so."""
     try:
         command = ["scontrol", "show", "config"]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        told = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ARRAY_SIZE
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", told, re.MULTILINE)

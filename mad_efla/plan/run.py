@@ -338,7 +338,7 @@ def check_code(run: RunConfig) -> None:
     for name, found in code_of(run.task, run.mixers, run.model).items():
         if run.code.get(name) != found:
             raise ConfigError(
-                f"the code of {name} is {found} by now, and this run is one of "
+                f"run {run.fingerprint}: the code of {name} is {found} by now, and the run is one of "
                 f"{run.code.get(name, 'an earlier version')}; its sweep makes a new run of it, or "
                 "put the code back"
             )

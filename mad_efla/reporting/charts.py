@@ -3,6 +3,7 @@
 Each is a function of the width in inches, so that a page and a phone both have one that fits.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from mad_efla.analysis import curves
 from mad_efla.analysis.cells import Cell
+from mad_efla.config import ConfigError
 from mad_efla.reporting import figures
 from mad_efla.reporting.figures import robustness, spectra, sweeps
 from mad_efla.reporting.figures.sweeps import Curve, Panel, StatePoint
@@ -209,7 +211,12 @@ def _spectra(chapter: Chapter) -> list[Picture]:
     best = {name: found[name] for name in [n for n in _names(chapter) if n in found][:_DIAGNOSED]}
     if not best:
         return []
-    diagnoses = {mixer: spectra.diagnose(folder, _EXAMPLES, 0) for mixer, folder in best.items()}
+    diagnoses = {}
+    for mixer, folder in best.items():
+        with contextlib.suppress(ConfigError):  # weights that are cut, or of other code: the others are drawn
+            diagnoses[mixer] = spectra.diagnose(folder, _EXAMPLES, 0)
+    if not diagnoses:
+        return []
     said = f"{chosen[0].task}, {chosen[0].setting}, where the scores lie farthest apart; the run of each "
     said += f"mixer that is best on validation{'' if len(chosen) <= _DIAGNOSED else ', four mixers'}"
     return [

@@ -195,7 +195,8 @@ def test_a_run_folder_holds_the_resolved_configuration(files):
 
 def test_the_examples_of_contributing_md_pass_and_run_from_the_users_folder(files):
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-    block, mixer, task = re.findall(r"```python\n(.*?)```", text, re.S)
+    block, mixer, task, mean = re.findall(r"```python\n(.*?)```", text, re.S)
+    (files / "mean.py").write_text(mean)
     (files / "block.py").write_text(block)
     (files / "decay.py").write_text(mixer)
     (files / "parity.py").write_text(task)
@@ -204,6 +205,7 @@ def test_the_examples_of_contributing_md_pass_and_run_from_the_users_folder(file
     for arguments, expected in (
         (["check", "block:Block"], "state unknown"),
         (["check", "decay:Decay"], "holds"),
+        (["check", "mean:Mean"], "holds"),
         (["check", "parity:Parity"], "holds"),
         ([*SWEEP, "--set", "mixers=['decay:Decay', 'block:Block']"], "block:Block"),
         (["sweep", "parity.yaml", *SWEEP[2:]], "parity:Parity, plan plan"),

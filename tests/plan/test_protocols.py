@@ -42,6 +42,8 @@ def other(annotation: Any, value: Any) -> Any:
         return (*value[:-1], value[-1] / 2)
     if isinstance(value, int | float):
         return value + type(value)(1)
+    if isinstance(value, str) and str in get_args(annotation):
+        return "another"
     if value is None:
         return 1 if int in get_args(annotation) else 1.0
     raise AssertionError(f"no other value is known for {annotation} {value!r}: place the field")

@@ -30,10 +30,10 @@ def test_a_list_has_a_line_each_that_fits_80_columns(kind, tmp_path, monkeypatch
 
 def test_plans_say_how_many_runs_and_how_long_where_that_is_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mad_efla.execution.local.cores", lambda: 2)
+    monkeypatch.setattr("mad_efla.execution.machine.cores", lambda: 2)
     text = call("list", "plans").stdout
     rows = {line.split()[0]: line for line in text.splitlines() if line.split()}
-    assert rows["quick"].split()[-4:] == ["72", "not", "known", "yet"]
+    assert rows["quick"].split()[-4:] == ["162", "not", "known", "yet"]
     assert "1,296" in rows["efla_controls"].split()
     assert "24/setting" in rows["mad"] and "180/task" in rows["robustness"]
     runs = expand.expand("recall", "capacity", [], "float32").runs

@@ -67,7 +67,7 @@ def _folder_is_a_file(folder):
 
 BAD = {  # what is wrong, which commands have to say so, and in which words
     "plug-in gone": (_code(None), {*COMMANDS}, "importable from here"),
-    "plug-in raises": (_code("1 / 0"), {*COMMANDS}, "importing it raises ZeroDivisionError"),
+    "plug-in raises": (_code("1 / 0"), {*COMMANDS}, "importing own fails: ZeroDivisionError"),
     "plug-in edited": (_code(OWN + "# and more\n"), WEIGHTS, "or put the code back"),
     "field of another version": (_file("config.json", _more), {*COMMANDS}, "energy_joules: unknown key"),
     "no configuration": (_file("config.json", lambda raw: None), {*COMMANDS}, "run its sweep again to restore it"),
