@@ -161,7 +161,7 @@ def test_retention():
             self.ours = ours
 
         def forward(self, x):
-            q, k, v = ours._heads(ours.conv.parts(ours.qkv(x), ours.widths))
+            q, k, v = ours._heads(ours.conv(ours.qkv(x)))
             q, k = (_turned(z * s) for z, s in ((q, q.shape[-1] ** 0.5), (k, 1)))
             o = rule(*(z.transpose(1, 2) for z in (q, k, v))).transpose(1, 2)
             return ours._output(x, o)
