@@ -91,7 +91,7 @@ def cells(request: Request) -> Iterator[Cell]:
 def checks(request: Request) -> Iterator[Cell]:
     """Lay the layers of the plan's checks: each mixer once, without the grid."""
     plan, document = request.plan, request.plan_document
-    if request.labels is not None or not isinstance(plan.settings, dict):
+    if request.labels is not None or document.place(("settings",)).startswith("--set"):
         return  # `--set settings=` asks for others
     for label, overrides in plan.checks.get(request.task, {}).items():
         setting = config.from_paths(overrides, document.place(("checks", request.task, label)))
