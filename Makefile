@@ -30,7 +30,7 @@ notebooks: $(VENV)/.notebooks
 	  --output-dir notebooks/rendered $(NOTEBOOKS)
 
 # The same in a minute or two, with a few steps of each run, in a folder of its own.
-notebooks-test: export SMALL = --set seeds=[0] --set model.width=16 --set train.steps=4 \
+notebooks-test: export SMALL = --set seeds=[0] --set optim.lr=0.006 --set model.width=16 --set train.steps=4 \
   --set train.eval_every=2 --set train.batch_size=16 --set data.train_examples=64 \
   --set data.validation_examples=32 --set data.test_examples=32
 notebooks-test: $(VENV)/.notebooks

@@ -193,7 +193,7 @@ class _Points:
         self.exploring = group.protocol == "exploring"
         self.planned: dict[str, list[Planned]] = {}
         self.task = self.setting = ""
-        self.check = False
+        self.check = True
         self.allowed: set[str] | None = None  # points that every mixer was given
         self.notes: list[str] = []
 
@@ -283,7 +283,7 @@ def _points(group: Group) -> list[_Points]:
         key = (named[entry.mixer, entry.code], entry.condition)
         points = found.setdefault(key, _Points(group, *key))
         points.planned.setdefault(entry.point, []).append(entry)
-        points.check |= entry.check
+        points.check &= entry.check  # what any sweep measures is no check
     labels = _labels(group)
     for (_, condition), points in found.items():
         points.task, points.setting = tasks[condition], labels[condition]

@@ -4,6 +4,7 @@ Only what a command prints is returned instead. `sets` is what `--set` is: `{"op
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,8 @@ def sweep(
 ) -> Runs:
     """Train every mixer of a plan on tasks; what is done is not made again. As `mad-efla sweep`.
 
-    Interrupted, by Ctrl-C or the stop button of a notebook, the same call goes on.
+    Interrupted, by Ctrl-C or the stop button of a notebook, the same call goes on. What the command says on its
+    first and last lines, such as a protocol departed from or runs that failed, is a Python warning here.
 
     Args:
         *tasks: Names or paths of task files.
@@ -185,27 +187,34 @@ def sweep(
     from mad_efla.api import sweeping
     from mad_efla.execution import executors, processes
     from mad_efla.plan import expand
-    from mad_efla.reporting import live
+    from mad_efla.reporting import live, terminal
     from mad_efla.runs.read import load as read
     from mad_efla.training import fits
 
     out = Path(out)
     runner = executors.choose("local", device=device, workers=workers)
     sweeps = [expand.expand(name, plan, _assignments(sets, mixers), runner.precision) for name in _some(tasks)]
-    for found in sweeps:
-        fits.check(found, runner.device)
+    said = [note for found in sweeps for note in found.notes]
+    said += [line for found in sweeps for line in terminal.matches(fits.check(found, runner.device).matches)]
     if workers != 0:
         processes.prepare(runner.device)
     follow = live.Follow if (_in_notebook() if progress is None else progress) else _Silent
-    sweeps, _ = sweeping.prepare(sweeps, out, [Path(file) for file in known])
+    sweeps, notes = sweeping.prepare(sweeps, out, [Path(file) for file in known])
     ended = sweeping.perform(
         sweeps, out, runner, follow, sweeping.Mirrored(tracking_uri), hours=hours, retry_failed=retry_failed
     )
     if ended.stopped.startswith("interrupted"):
         raise KeyboardInterrupt(ended.stopped)
     names = {run.fingerprint for found in ended.sweeps for run in found.runs}
-    kept = Runs(read(out))
-    return kept[kept.frame().index.isin(names)]
+    own = {(found.plan, found.protocol) for found in ended.sweeps}
+    made = Runs([group for group in read(out) if (group.plan, group.protocol) in own])
+    made = made[made.frame().index.isin(names)]
+    if failed := int((made.status == "failed").sum()):
+        said.append(f"{failed} of {len(made)} runs failed; `mad-efla status {out}` says why")
+    for line in dict.fromkeys([*said, *notes, ended.stopped, *ended.warnings]):
+        if line:
+            warnings.warn(line, stacklevel=2)
+    return made
 
 
 def load(*places: str | Path) -> Runs:

@@ -328,7 +328,8 @@ def _row(group: Group, entry: Planned) -> dict[str, Any]:
     run, result = group.runs[entry.fingerprint], group.results.get(entry.fingerprint)
     row: dict[str, Any] = {"fingerprint": entry.fingerprint, "plan": group.plan, "protocol": group.protocol}
     row |= {"task": run.task.name} | flatten(run) | {"role": _role(entry)}
-    row["status"] = result.status if result else "missing"
+    lies = group.folders.get(entry.fingerprint)
+    row["status"] = result.status if result else lies.status() if lies else "waiting"
     if result:
         row["score"] = result.test.token_accuracy if result.test else 0.0
         for split in ("test", "validation"):

@@ -168,7 +168,7 @@ def _within(
         basis[:] = [guess.basis]
         return guess.seconds
 
-    sweeps, said = budget.fit(asked, own, seconds, cost)
+    sweeps, said = budget.fit(asked, len(own), seconds, cost)
     terminal.stderr().print(f"{said} ({basis[0]})", markup=False, highlight=False, soft_wrap=True)
     return sweeps, found
 

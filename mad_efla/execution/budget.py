@@ -37,12 +37,12 @@ def seeds(plan: Sequence[int], taken: Sequence[int] = ()) -> list[int]:
     return [*plan, *(next(more) for _ in range(MOST_SEEDS - len(plan)))]
 
 
-def fit(sweeps: list[Sweep], plan: Sequence[int], seconds: float, cost: Cost) -> tuple[list[Sweep], str]:
+def fit(sweeps: list[Sweep], plan: int, seconds: float, cost: Cost) -> tuple[list[Sweep], str]:
     """Cut sweeps to what fits a budget.
 
     Args:
-        sweeps: The sweeps of one call, expanded with all of `seeds(plan)`.
-        plan: The plan's own seeds.
+        sweeps: The sweeps of one call, expanded with all seeds that may be made, see `seeds`.
+        plan: How many of these are the plan's own, those first.
         seconds: The budget.
         cost: Returns the seconds that runs which are not done yet will take, all workers at it.
 
@@ -54,7 +54,7 @@ def fit(sweeps: list[Sweep], plan: Sequence[int], seconds: float, cost: Cost) ->
     """
     kept: tuple[list[Sweep], int, int] | None = None
     for settings, count in _levels(sweeps, plan):
-        cut = [_cut(sweep, settings, seeds(plan, sweep.choosing)[:count], plan) for sweep in sweeps]
+        cut = [_cut(sweep, settings, count, plan) for sweep in sweeps]
         needed = cost([run for sweep in cut for run in sweep.whole])
         if needed > seconds:
             if kept is None:
@@ -70,11 +70,11 @@ def fit(sweeps: list[Sweep], plan: Sequence[int], seconds: float, cost: Cost) ->
     return found, f"the budget holds {settings} of {total} settings, {count} seeds at the last of them"
 
 
-def _levels(sweeps: list[Sweep], plan: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _levels(sweeps: list[Sweep], plan: int) -> Iterator[tuple[int, int]]:
     total = max(map(_settings, sweeps))
     for settings in range(1, total + 1):
-        yield from ((settings, count) for count in range(min(2, len(plan)), len(plan) + 1))
-    yield from ((total, count) for count in range(len(plan) + 1, MOST_SEEDS + 1))
+        yield from ((settings, count) for count in range(min(2, plan), plan + 1))
+    yield from ((total, count) for count in range(plan + 1, len(sweeps[0].seeds) + 1))
 
 
 def _settings(sweep: Sweep) -> int:
@@ -85,15 +85,15 @@ def _conditions(sweep: Sweep) -> list[str]:
     return list(dict.fromkeys(r.condition for r in sweep.runs if r.fingerprint not in sweep.checks))
 
 
-def _cut(sweep: Sweep, settings: int, own: Sequence[int], plan: Sequence[int]) -> Sweep:
-    """Keep the first settings, the last of them with `own` seeds and those before with the plan's at least."""
+def _cut(sweep: Sweep, settings: int, count: int, plan: int) -> Sweep:
+    """Keep the first settings, the last of them with `count` seeds and those before with the plan's at least."""
     conditions = _conditions(sweep)[:settings]
     last = conditions[-1] if settings <= len(conditions) else None
 
     def holds(run: RunConfig) -> bool:
         if run.fingerprint in sweep.checks or run.seed in sweep.choosing:
             return run.fingerprint in sweep.checks or run.condition in conditions
-        allowed = own if run.condition == last or len(own) > len(plan) else plan
+        allowed = sweep.seeds[: count if run.condition == last else max(count, plan)]
         return run.condition in conditions and run.seed in allowed
 
     measured = {key: kept for key, runs in sweep.measured.items() if (kept := [r for r in runs if holds(r)])}

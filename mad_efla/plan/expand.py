@@ -161,7 +161,7 @@ def _build(asked: Request, protocol: str, precision: str) -> tuple[Sweep, list[s
         place=asked.plan_document.place(("mixers",)),
         choosing=asked.plan.choose.seeds if asked.plan.choose and measured else [],
         measured=measured,
-        checks=frozenset(checks.keys() - runs.keys()),
+        checks=frozenset(checks.keys() - runs.keys() - {r.fingerprint for own in measured.values() for r in own}),
         seeds=asked.plan.seeds,
     )
     return sweep, list(dict.fromkeys(text for found in departed.values() for text in found))

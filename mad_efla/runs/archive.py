@@ -49,12 +49,19 @@ class ArchivedRun:
         """Read the configuration back.
 
         Raises:
-            ConfigError: It names what is not here, or a later version's fields.
+            ConfigError: It names what is not here, or was made by other numbers or other code than these, which
+                must not be pooled with what is made now.
         """
         data = json.loads(self._row["config"])
-        data.pop("numbers", None)
+        numbers = data.pop("numbers", None)
         data.pop("task_version", None)
-        return build(Document(data, {(): str(self.path)}, str(self.path)))
+        run = build(Document(data, {(): str(self.path)}, str(self.path)))
+        if run.fingerprint != self.fingerprint:
+            raise ConfigError(
+                f"{self.path}: run {self.fingerprint} was made by another version (numbers={numbers}), where the "
+                f"same configuration is {run.fingerprint} now; read it with that version"
+            )
+        return run
 
     def result(self) -> Result:
         """Return how it ended."""

@@ -162,9 +162,10 @@ def _group(plan: str, protocol: str, records: list[tuple[SweepRecord, _Source]],
             if fingerprint not in seen:
                 seen[fingerprint] = len(group.planned)
                 group.planned.append(entry)
-            elif not entry.chooses:  # one sweep's choosing seed may be another's measured one
-                at = seen[fingerprint]
-                group.planned[at] = group.planned[at].model_copy(update={"chooses": False})
+            else:  # one sweep's choosing seed, or check, may be another's measured one
+                held = group.planned[seen[fingerprint]]
+                both = {"chooses": held.chooses and entry.chooses, "check": held.check and entry.check}
+                group.planned[seen[fingerprint]] = held.model_copy(update=both)
     group.unreadable.extend(dict.fromkeys(bad for found in problems.values() for bad in found))
     return group
 

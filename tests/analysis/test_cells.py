@@ -5,8 +5,10 @@ from scipy import stats
 
 from mad_efla.analysis import statistics
 from mad_efla.analysis.cells import cells
-from mad_efla.runs.read import of_runs
-from mad_efla.runs.schema import Scores
+from mad_efla.runs.folder import RunFolder
+from mad_efla.runs.read import load, of_runs
+from mad_efla.runs.schema import Scores, SweepRecord, planned
+from mad_efla.runs.sweeps import write_sweep
 from tests.runs.test_folder import result
 from tests.tiny import tiny
 
@@ -167,3 +169,26 @@ def test_a_seed_that_has_not_learned_is_named():
     results = {r.fingerprint: done(r, v, v) for r, v in zip(runs, values, strict=True)}
     (cell,) = table(runs, results)
     assert cell.note == "1 of 5 seeds has not learned yet"
+
+
+def test_a_setting_that_any_sweep_measures_is_no_check(tmp_path):
+    run = tiny()
+    for number, check in enumerate((True, False)):
+        record = SweepRecord(
+            id=f"s{number}",
+            task="recall",
+            plan="p",
+            protocol="custom",
+            command="",
+            started=number,
+            ended=None,
+            fingerprints=(run.fingerprint,),
+            planned=(planned(run, check=check),),
+        )
+        write_sweep(tmp_path, record)
+    folder = RunFolder(tmp_path, run.fingerprint)
+    folder.create(run)
+    folder.finish(done(run, 0.5, 0.5))
+    (group,) = load(tmp_path)
+    (cell,) = cells(group)
+    assert not cell.check

@@ -161,3 +161,12 @@ def test_a_wrong_word_is_refused_in_a_sentence(tmp_path, monkeypatch):
         mad.sweep()
     with pytest.raises(mad.ConfigError, match="holds no sweep"):
         mad.load()
+
+
+def test_what_the_command_would_say_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"model.width": 16, "train.steps": 2, "data.train_examples": 64, "data.validation_examples": 16}
+    small |= {"data.test_examples": 16, "settings": "baseline", "seeds": [0], "optim.lr": 0.006}
+    with pytest.warns(UserWarning, match="protocol custom, not quick: .*by --set"):
+        runs = mad.sweep("recall", mixers=["efla"], sets=small, workers=0)
+    assert set(runs.protocol) == {"custom"}

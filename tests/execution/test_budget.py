@@ -13,7 +13,7 @@ CHOOSE = TWO + "grid: {optim.lr: [1e-3, 1e-2]}\nchoose: {seeds: [100]}\n"
 
 
 def fit(folder, text, seconds, each=1.0):
-    (found,), said = budget.fit([expanded(folder, text)], [0, 1, 2], seconds, lambda runs: each * len(runs))
+    (found,), said = budget.fit([expanded(folder, text)], 3, seconds, lambda runs: each * len(runs))
     return found, said
 
 
@@ -50,6 +50,13 @@ def test_choosing_and_one_point_a_cell_are_counted(tmp_path):
     assert kept(found.runs) == [("a", 100)]
     assert {tuple(r.seed for r in runs) for runs in found.measured.values()} == {(0, 1)}
     assert len(found.measured) == 4  # either point may be chosen
+
+
+def test_seeds_that_set_has_fixed_are_all_that_is_said(tmp_path):
+    text = TWO.replace(f"seeds: {budget.seeds([0, 1, 2])}", "seeds: [0, 1]")
+    (found,), said = budget.fit([expanded(tmp_path, text)], 2, 1e6, len)
+    assert kept(found.runs) == [(s, n) for s in "ab" for n in range(2)]
+    assert said == "the budget holds 2 of 2 settings, 2 seeds at the last of them"
 
 
 def test_the_least_must_fit(tmp_path):

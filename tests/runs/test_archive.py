@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pandas
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import mad_efla as mad
 from mad_efla.analysis.leaderboard import leaderboards
@@ -117,8 +119,6 @@ def test_what_is_no_archive_of_ours_is_a_sentence(here, content, said):
     elif content == "foreign":
         pandas.DataFrame({"a": [1]}).to_parquet(file)
     elif content == "newer":
-        from pyarrow import parquet
-
         table = parquet.read_table("kept/all.parquet")
         parquet.write_table(table.replace_schema_metadata({"mad_efla": '{"version": 99, "records": []}'}), file)
     done = call("score", "other.parquet", code=2)
@@ -131,3 +131,14 @@ def test_only_what_is_done_is_kept(here):
     done = call("archive", "runs", "--to", "none.parquet", code=2)
     assert "none of these runs is done" in done.stderr
     assert not Path("none.parquet").exists()
+
+
+def test_runs_of_other_numbers_are_named_and_not_pooled(here):
+    table = parquet.read_table("kept/all.parquet")
+    column = table.column_names.index("config")
+    other = [text.replace('"batch_size": 16', '"batch_size": 8') for text in table["config"].to_pylist()]
+    parquet.write_table(table.set_column(column, "config", pyarrow.array(other)), "kept/other.parquet")
+    (group,) = load(Path("kept/other.parquet"))
+    assert not group.results
+    assert len(group.unreadable) == 4
+    assert "was made by another version (numbers=" in group.unreadable[0].reason
